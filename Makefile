@@ -1,0 +1,37 @@
+# Everything runs from .venv, which the first target that needs it creates.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all check format build clean
+
+demo: .venv          ## train HalfCheetah-v5 (about two minutes on two cores) and record its video
+	$(BIN)/eggroll-rl train HalfCheetah-v5 --output runs/demo --overwrite
+	$(BIN)/eggroll-rl record runs/demo --output runs/demo/HalfCheetah-v5.mp4
+
+test: .venv          ## the default tests, under five minutes on two cores
+	$(BIN)/python -m pytest
+
+test-all: .venv      ## with the slow ones
+	$(BIN)/python -m pytest -m "not ray and not gpu"
+
+check: .venv         ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+build: .venv         ## wheel and sdist in dist/
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf .venv build dist runs .pytest_cache .ruff_cache .mypy_cache
+
+.venv: .venv/installed
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@

@@ -1,0 +1,25 @@
+"""Low-rank evolution strategies (EGGROLL, arXiv 2511.16652) for Gymnasium agents.
+
+Names load on first use, so that ``from eggroll_rl import EvolutionStrategy`` needs torch and numpy only.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eggroll_rl.eggroll import EGGROLL
+    from eggroll_rl.es import EvolutionStrategy
+
+__version__ = "0.1.0"
+__all__ = ["EGGROLL", "EvolutionStrategy", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EGGROLL":
+        from eggroll_rl.eggroll import EGGROLL
+
+        return EGGROLL
+    if name == "EvolutionStrategy":
+        from eggroll_rl.es import EvolutionStrategy
+
+        return EvolutionStrategy
+    raise AttributeError(f"module 'eggroll_rl' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""``python -m eggroll_rl`` is ``eggroll-rl``."""
+
+from eggroll_rl.cli import main
+
+main()

@@ -1,0 +1,425 @@
+"""``EGGROLL``: low-rank evolution strategies as a Stable-Baselines3 algorithm."""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, safe_mean
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped, unwrap_vec_wrapper
+from tqdm.auto import tqdm
+
+from eggroll_rl.envs import EnvFactory, EnvSource, env_factory, time_limit
+from eggroll_rl.errors import ConfigError
+from eggroll_rl.es import EvolutionStrategy, check_population, check_positive, check_seed
+from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping
+from eggroll_rl.normalization import Moments
+from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
+from eggroll_rl.rollout import Generation, RolloutResult
+from eggroll_rl.vec_env import VecEnvEvaluator
+from eggroll_rl.workers import Evaluator, make_evaluator
+
+
+class GenerationCallback(BaseCallback):
+    """A callback that is asked once per generation and costs nothing per step: its ``on_step`` is never called."""
+
+    def on_generation_end(self) -> bool:
+        """Run after the update; return False to stop."""
+        return True
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class EGGROLL(BaseAlgorithm):
+    """Low-rank evolution strategy on a policy's whole-episode returns.
+
+    Paper: https://arxiv.org/abs/2511.16652. The update convention is that of :mod:`eggroll_rl.es`.
+
+    An env given by id, ``EnvSpec`` or function is rebuilt where it is needed (*native* mode): results are the
+    same to the bit for any number of workers. A ready-made env or ``VecEnv`` is stepped as it is, in this
+    process (*compatible* mode): it resets by itself and keeps its own seeding, so only the noise is reproducible.
+
+    :param policy: ``"MlpPolicy"``, ``"LinearPolicy"`` or a subclass of :class:`eggroll_rl.policies.MlpPolicy`
+    :param env: id (``"module:Id-v0"`` works), ``EnvSpec``, function that returns an env, env, or ``VecEnv``
+    :param population_size: members per generation, even; not pairs
+    :param sigma: noise scale; a number, ``"lin_<number>"`` (linear to 0) or a function of the progress
+        remaining, which falls from 1 to 0
+    :param rank: rank of each weight matrix's perturbation
+    :param learning_rate: step size, given as ``sigma`` is
+    :param n_eval_episodes: episodes per member; its fitness is their mean
+    :param fitness_shaping: a name in :data:`eggroll_rl.fitness.FITNESS_SHAPING`, or a function of fitness (N,)
+    :param best_fraction: share of pairs kept by ``fitness_shaping="best_fraction"``
+    :param alive_bonus_offset: added to the reward at each step, in training only; -1 cancels Hopper's bonus
+    :param max_episode_steps: episode cap, in training only; needed if the env has no time limit
+    :param optimizer: a ``torch.optim`` class or its name
+    :param optimizer_kwargs: more arguments for the optimizer
+    :param weight_decay: passed to the optimizer
+    :param max_grad_norm: clip the gradient's global norm
+    :param slice_size: members evaluated together (even). Part of the result, because floating point rounds
+        differently for another batch: never derived from the machine
+    :param n_workers: worker processes; 0 runs in this process, None takes all cores
+    :param env_kwargs: for the constructor of an env given by id
+    :param policy_kwargs: see :class:`eggroll_rl.policies.MlpPolicy`
+    :param stats_window_size: episodes in the logged means
+    :param tensorboard_log: log folder
+    :param verbose: 0 nothing, 1 info
+    :param seed: seeds the noise, the episodes and, as in SB3, the global generators. None leaves those alone
+        and draws the entropy kept in ``noise_seed``
+    :param device: of the policy; rollouts run on the CPU
+    :raises ConfigError: a setting is wrong; before any env or process is made, where it can be
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy, "LinearPolicy": LinearPolicy}
+    policy: MlpPolicy
+
+    def __init__(
+        self,
+        policy: str | type[MlpPolicy],
+        env: EnvSource | EnvFactory | GymEnv | None,
+        population_size: int = 64,
+        sigma: float | str | Schedule = 0.05,
+        rank: int = 1,
+        learning_rate: float | str | Schedule = 0.03,
+        n_eval_episodes: int = 1,
+        fitness_shaping: str | FitnessShaping = "centered_rank",
+        best_fraction: float | None = None,
+        alive_bonus_offset: float = 0.0,
+        max_episode_steps: int | None = None,
+        optimizer: str | type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        slice_size: int = 32,
+        n_workers: int | None = None,
+        env_kwargs: dict[str, Any] | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+        _init_setup_model: bool = True,
+    ):
+        self.population_size = population_size
+        self.sigma = make_schedule("sigma", sigma)
+        self.rank = rank
+        self.n_eval_episodes = n_eval_episodes
+        self.fitness_shaping = fitness_shaping
+        self.best_fraction = best_fraction
+        self.alive_bonus_offset = alive_bonus_offset
+        self.max_episode_steps = max_episode_steps
+        self.optimizer = find_optimizer(optimizer)
+        self.optimizer_kwargs = optimizer_kwargs
+        self.weight_decay = weight_decay
+        self.max_grad_norm = max_grad_norm
+        self.slice_size = slice_size
+        self.n_workers = n_workers
+        self.noise_seed = seed
+        self._check_settings()
+        if isinstance(policy, str) and policy not in self.policy_aliases:
+            raise ConfigError(f"policy must be one of {', '.join(self.policy_aliases)} or a class, got {policy!r}")
+
+        self._factory: EnvFactory | None = None
+        super().__init__(
+            policy=policy,
+            env=self._native(env, env_kwargs),
+            learning_rate=make_schedule("learning_rate", learning_rate),
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+            supported_action_spaces=(spaces.Box, spaces.Discrete),
+        )
+        if self.env is not None:
+            self._refuse_vec_normalize(self.env)
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_settings(self) -> None:
+        check_population(self.population_size, self.rank, self.slice_size)
+        if not isinstance(self.n_eval_episodes, int) or self.n_eval_episodes < 1:
+            raise ConfigError(f"n_eval_episodes must be a whole number, at least 1, got {self.n_eval_episodes!r}")
+        if self.n_workers is not None and (not isinstance(self.n_workers, int) or self.n_workers < 0):
+            raise ConfigError(f"n_workers must be a whole number, at least 0, or None, got {self.n_workers!r}")
+        if self.max_grad_norm is not None:
+            check_positive("max_grad_norm", self.max_grad_norm)
+        if self.noise_seed is not None:
+            check_seed(self.noise_seed)
+        make_fitness_shaping(self.fitness_shaping, self.best_fraction)
+
+    # The env --------------------------------------------------------------------------------------------
+
+    def _native(self, env: Any, env_kwargs: dict[str, Any] | None = None) -> GymEnv | None:
+        """Note how to rebuild the env, and make one for its spaces; a ready-made env passes through."""
+        self._factory = None
+        if env is None or isinstance(env, gym.Env | VecEnv):
+            if env_kwargs:
+                raise ConfigError("env_kwargs are for an env given by id; this one is already made")
+            return env
+        factory = env_factory(env, env_kwargs)
+        if self.max_episode_steps is not None:
+            factory = factory.with_cap(self.max_episode_steps)
+        made = factory()
+        time_limit(made)
+        check_spaces(made.observation_space, made.action_space)
+        self._factory = factory
+        return made
+
+    def set_env(self, env: EnvSource | EnvFactory | GymEnv, force_reset: bool = True) -> None:
+        """Continue on another env with the same spaces, given in any form that the constructor takes."""
+        made = self._native(env)
+        if isinstance(made, VecEnv):
+            self._refuse_vec_normalize(made)
+        super().set_env(made, force_reset=force_reset)
+
+    @classmethod
+    def load(cls, path: Any, env: Any = None, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Load a zip written by :meth:`save`, as in SB3; ``env`` in any form that the constructor takes.
+
+        SB3's zip is unpickled and may execute code: load only files that you trust.
+        """
+        ready_made = env is None or isinstance(env, gym.Env | VecEnv)
+        model = super().load(path, env=env if ready_made else None, **kwargs)
+        if not ready_made:
+            model.set_env(env)
+        return model
+
+    @staticmethod
+    def _refuse_vec_normalize(env: VecEnv) -> None:
+        normalizer = unwrap_vec_wrapper(env, VecNormalize) if is_vecenv_wrapped(env, VecNormalize) else None
+        if normalizer is not None:
+            raise ConfigError(
+                "EGGROLL's policy normalizes observations itself and saves the statistics with it: "
+                "pass the env without VecNormalize (policy_kwargs=dict(normalize_obs=False) turns ours off)"
+            )
+
+    # SB3's contract -------------------------------------------------------------------------------------
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        if self.noise_seed is None:
+            self.noise_seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+        # The initial policy follows from noise_seed, and the global generators stay as SB3's contract has them.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.noise_seed % 2**63)
+            policy = self.policy_class(self.observation_space, self.action_space, **self.policy_kwargs)
+        if not isinstance(policy, MlpPolicy):
+            raise ConfigError(f"policy must be a subclass of eggroll_rl.policies.MlpPolicy, got {self.policy_class}")
+        self.policy = policy.to(self.device)
+        self._es = EvolutionStrategy(
+            self.policy.network,
+            population_size=self.population_size,
+            sigma=lambda _: self.sigma(self._progress_remaining()),
+            learning_rate=lambda _: self.lr_schedule(self._progress_remaining()),
+            rank=self.rank,
+            seed=self.noise_seed,
+            optimizer=self.optimizer,
+            optimizer_kwargs=self.optimizer_kwargs,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            fitness_shaping=self.fitness_shaping,
+            best_fraction=self.best_fraction,
+            slice_size=self.slice_size,
+        )
+        # A loaded model goes on with the noise of the next generation, not with that of the first.
+        self._es.generation = self._n_updates
+        self.policy.optimizer = self._es.optimizer
+
+    def _progress_remaining(self) -> float:
+        # A finished run is a little past its end, where a linear schedule would be negative.
+        return max(self._current_progress_remaining, 1e-6)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_es"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+    @property
+    def generation(self) -> int:
+        """Updates made so far."""
+        return self._es.generation
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1,
+        tb_log_name: str = "EGGROLL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Train for at least ``total_timesteps`` env steps, counted over all members.
+
+        :param callback: SB3 callbacks see a finished generation replayed in member order; one that says stop
+            ends the run before the update. A :class:`GenerationCallback` is asked once per generation instead
+        :param log_interval: generations between logs
+        :raises EpisodeError: an episode failed; nothing of its generation was used
+        """
+        if self.env is None:
+            raise ConfigError("learn() needs an env: give one to the constructor, to load() or to set_env()")
+        if callback is None:
+            callback = []  # SB3 would make None a callback that has to see every step
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar=False
+        )
+        callback.on_training_start(locals(), globals())
+        bar = tqdm(
+            desc="EGGROLL", total=total_timesteps, initial=self.num_timesteps, unit=" steps",
+            unit_scale=True, disable=not progress_bar, file=sys.stderr,
+        )  # fmt: skip
+        try:
+            with self._make_evaluator(callback) as evaluator:
+                while self.num_timesteps < total_timesteps:
+                    if not self._run_generation(evaluator, callback, total_timesteps):
+                        break
+                    bar.update(self.num_timesteps - bar.n)
+                    bar.set_postfix(ep_rew_mean=f"{safe_mean([e['r'] for e in self.ep_info_buffer]):.0f}")
+                    if log_interval is not None and self._n_updates % log_interval == 0:
+                        self.dump_logs()
+                    if not all(c.on_generation_end() for c in _generation_callbacks(callback)):
+                        break
+        finally:
+            bar.close()
+            callback.on_training_end()
+        return self
+
+    def _run_generation(self, evaluator: Evaluator, callback: BaseCallback, total_timesteps: int) -> bool:
+        """Ask, evaluate, tell; return False if a callback stopped the run before the update."""
+        self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        callback.on_rollout_start()
+        results = evaluator.evaluate(self._next_generation())
+        self.num_timesteps += sum(result.idle_steps for result in results)
+        if not self._count_steps(results, callback):
+            return False
+        callback.on_rollout_end()
+        returns_NE = np.concatenate([result.returns for result in results])
+        lengths_NE = np.concatenate([result.lengths for result in results])
+        fitness_N = (returns_NE + self.alive_bonus_offset * lengths_NE).mean(axis=1)
+        metrics = self._es.tell(fitness_N)
+        if self.policy.normalizer is not None:
+            # After the update: one generation sees one normalizer.
+            self.policy.normalizer.combine(Moments.concatenate([result.moments for result in results]))
+        self._n_updates += 1
+        for name, value in metrics.items():
+            section = "rollout" if name.startswith("fitness") else "train"
+            self.logger.record(f"{section}/{name}", value)
+        return True
+
+    def _next_generation(self) -> Generation:
+        state = {name: tensor.cpu().numpy() for name, tensor in self.policy.state_dict().items()}
+        return Generation(self._es.ask().noise, state, self.n_eval_episodes)
+
+    def _make_evaluator(self, callback: BaseCallback) -> Evaluator:
+        assert self.env is not None
+        if self._factory is None:
+            self._say("compatible mode: this env is stepped as it is, in this process, with fewer guarantees")
+            return VecEnvEvaluator(self.policy, self.env)
+        evaluator = make_evaluator(self.n_workers, self.policy, self._factory, self._next_generation())
+        self._say(f"native mode: {self._factory.describe_vector()}, {type(evaluator).__name__}")
+        return evaluator
+
+    def _say(self, text: str) -> None:
+        if self.verbose:
+            print(text)
+
+    def _count_steps(self, results: list[RolloutResult], callback: BaseCallback) -> bool:
+        """Count the steps and fill the episode buffer, replaying them for callbacks that look at steps."""
+        now = round(time.time_ns() / 1e9 - self.start_time / 1e9, 6)
+        episodes = [
+            {"r": float(reward), "l": int(length), "t": now}
+            for result in results
+            for reward, length in zip(result.returns.ravel(), result.lengths.ravel(), strict=True)
+        ]
+        if _only_generation_callbacks(callback):
+            self.num_timesteps += sum(episode["l"] for episode in episodes)
+            self.ep_info_buffer.extend(episodes)  # type: ignore[union-attr]
+            return True
+        for episode in episodes:
+            for step in range(1, episode["l"] + 1):
+                ended = step == episode["l"]
+                # The names that SB3's callbacks look up in their locals.
+                dones = np.array([ended])
+                infos = [{"episode": episode} if ended else {}]
+                self.num_timesteps += 1
+                if ended:
+                    self._update_info_buffer(infos, dones)
+                callback.update_locals({"dones": dones, "infos": infos, "self": self})
+                if not callback.on_step():
+                    return False
+        return True
+
+    def dump_logs(self) -> None:
+        """Write the usual keys."""
+        seconds = max((time.time_ns() - self.start_time) / 1e9, sys.float_info.epsilon)
+        if self.ep_info_buffer:
+            self.logger.record("rollout/ep_rew_mean", safe_mean([e["r"] for e in self.ep_info_buffer]))
+            self.logger.record("rollout/ep_len_mean", safe_mean([e["l"] for e in self.ep_info_buffer]))
+        self.logger.record("time/iterations", self._n_updates, exclude="tensorboard")
+        self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / seconds))
+        self.logger.record("time/time_elapsed", int(seconds), exclude="tensorboard")
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.dump(step=self.num_timesteps)
+
+
+def make_schedule(name: str, value: float | str | Schedule) -> Schedule:
+    """Return an SB3 schedule for a number, ``"lin_<number>"`` or a function of the progress remaining."""
+    if isinstance(value, str):
+        kind, _, number = value.partition("_")
+        try:
+            start = float(number if kind == "lin" else value)
+        except ValueError:
+            raise ConfigError(f"{name} must be a number above 0 or 'lin_<number>', got {value!r}") from None
+        check_positive(name, start)
+        return LinearSchedule(start, 0.0, 1.0) if kind == "lin" else FloatSchedule(start)
+    if not callable(value):
+        check_positive(name, value)
+    return FloatSchedule(value)
+
+
+def find_optimizer(optimizer: str | type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Look up a ``torch.optim`` class by name, in any case."""
+    if not isinstance(optimizer, str):
+        return optimizer
+    known = {
+        name: value
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name != "Optimizer"
+    }
+    for name, value in known.items():
+        if name.lower() == optimizer.lower():
+            return value
+    raise ConfigError(f"optimizer must be one of {', '.join(known)}, got {optimizer!r}")
+
+
+def _leaves(callback: BaseCallback) -> Iterator[BaseCallback]:
+    if isinstance(callback, CallbackList):
+        for child in callback.callbacks:
+            yield from _leaves(child)
+    else:
+        yield callback
+
+
+def _generation_callbacks(callback: BaseCallback) -> list[GenerationCallback]:
+    return [leaf for leaf in _leaves(callback) if isinstance(leaf, GenerationCallback)]
+
+
+def _only_generation_callbacks(callback: BaseCallback) -> bool:
+    return all(isinstance(leaf, GenerationCallback) for leaf in _leaves(callback))
+
+

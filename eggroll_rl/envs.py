@@ -1,0 +1,232 @@
+"""What to train on: presets from ``envs/``, and functions that build Gymnasium environments."""
+
+import difflib
+import importlib
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec, registry
+from gymnasium.vector import VectorEnv
+from gymnasium.wrappers import TimeLimit
+
+from eggroll_rl.errors import ConfigError
+from eggroll_rl.mujoco_vector import MujocoVectorEnv, vector_task
+from eggroll_rl.serial_vector import SerialVectorEnv
+
+EnvSource = str | EnvSpec | Callable[[], gym.Env]
+
+
+@dataclass(frozen=True)
+class EnvFactory:
+    """Build one environment, here or in a worker process.
+
+    :param source: a resolved ``EnvSpec``, or a function that returns a new env
+    :param kwargs: for the env's constructor
+    :param max_episode_steps: time limit of the task, in place of the registered one
+    :param wrappers: (class, keyword arguments) from the innermost outwards
+    :param episode_cap: a further limit, for training only
+    """
+
+    source: EnvSpec | Callable[..., gym.Env]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    max_episode_steps: int | None = None
+    wrappers: tuple[tuple[type[gym.Wrapper], dict[str, Any]], ...] = ()
+    episode_cap: int | None = None
+
+    def __call__(self, render_mode: str | None = None) -> gym.Env:
+        """Make the env.
+
+        :raises ConfigError: the env refuses its arguments
+        """
+        kwargs = self.kwargs if render_mode is None else {**self.kwargs, "render_mode": render_mode}
+        with mujoco_warnings_silenced():
+            if isinstance(self.source, EnvSpec):
+                try:
+                    env = gym.make(
+                        self.source, max_episode_steps=self.max_episode_steps, disable_env_checker=True, **kwargs
+                    )
+                except (gym.error.Error, TypeError) as error:
+                    raise ConfigError(f"cannot make {self.source.id}: {_one_line(error)}") from error
+            else:
+                env = self.source(**kwargs)
+                if not isinstance(env, gym.Env):
+                    raise ConfigError(f"the env function must return a gymnasium.Env, got {type(env).__name__}")
+                if self.max_episode_steps is not None:
+                    env = TimeLimit(env, self.max_episode_steps)
+        for wrapper, wrapper_kwargs in self.wrappers:
+            env = wrapper(env, **wrapper_kwargs)
+        return env if self.episode_cap is None else TimeLimit(env, self.episode_cap)
+
+    def vector(self, num_envs: int) -> VectorEnv:
+        """Make ``num_envs`` of them as one vector env, on ``mujoco.batch`` where the task qualifies."""
+        task = self._vector_task()
+        if task is None:
+            return SerialVectorEnv([self] * num_envs)
+        env = self()
+        return task(env, num_envs, time_limit(env))
+
+    def describe_vector(self) -> str:
+        """Name the vector env that :meth:`vector` makes, for the log."""
+        return "SerialVectorEnv" if self._vector_task() is None else "MujocoVectorEnv"
+
+    def _vector_task(self) -> type[MujocoVectorEnv] | None:
+        return vector_task(self.source) if isinstance(self.source, EnvSpec) and not self.wrappers else None
+
+    def with_cap(self, episode_cap: int | None) -> "EnvFactory":
+        """Return this factory with another training cap."""
+        return replace(self, episode_cap=episode_cap)
+
+
+def env_factory(
+    source: EnvSource | EnvFactory,
+    kwargs: dict[str, Any] | None = None,
+    max_episode_steps: int | None = None,
+    wrappers: tuple[tuple[type[gym.Wrapper], dict[str, Any]], ...] = (),
+) -> EnvFactory:
+    """Resolve an env id (``"module:Id-v0"`` imports the module first), an ``EnvSpec`` or a function.
+
+    :raises ConfigError: unknown id (with the nearest names) or bad limit
+    """
+    if isinstance(source, EnvFactory):
+        return source
+    if max_episode_steps is not None and (not isinstance(max_episode_steps, int) or max_episode_steps < 1):
+        raise ConfigError(f"max_episode_steps must be a whole number, at least 1, got {max_episode_steps!r}")
+    if isinstance(source, str):
+        source = find_spec(source)
+    elif not isinstance(source, EnvSpec) and not callable(source):
+        raise ConfigError(f"env must be an id, an EnvSpec or a function that returns an env, got {source!r}")
+    return EnvFactory(source, dict(kwargs or {}), max_episode_steps, wrappers)
+
+
+def find_spec(env_id: str) -> EnvSpec:
+    """Look up an env id; an unknown one is answered with the nearest names.
+
+    :raises ConfigError: the id, or the module before its colon, does not exist
+    """
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"env {env_id!r}: cannot import {module!r} ({_one_line(error)})") from error
+    if name in registry:
+        return registry[name]
+    # Same name with another version first, then whatever is spelled alike.
+    stem = re.sub(r"-v\d+$", "", name)
+    near = sorted((i for i in registry if re.sub(r"-v\d+$", "", i).lower() == stem.lower()), reverse=True)
+    near += [i for i in difflib.get_close_matches(name, registry, n=3, cutoff=0.5) if i not in near]
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else "; `eggroll-rl list` shows what has a preset"
+    raise ConfigError(f"unknown env {env_id!r}{hint}")
+
+
+def time_limit(env: gym.Env) -> int:
+    """Return the env's time limit in steps, from its ``TimeLimit`` wrappers.
+
+    :raises ConfigError: there is none, so an episode might never end
+    """
+    limits = []
+    layer: Any = env
+    while isinstance(layer, gym.Wrapper):
+        if isinstance(layer, TimeLimit):
+            limits.append(layer._max_episode_steps)
+        layer = layer.env
+    if not limits:
+        name = env.spec.id if env.spec else type(layer).__name__
+        raise ConfigError(
+            f"{name} has no time limit, so an episode might never end: set max_episode_steps, "
+            "or wrap it in gymnasium.wrappers.TimeLimit"
+        )
+    return min(limits)
+
+
+@contextmanager
+def mujoco_warnings_silenced() -> Iterator[None]:
+    """Keep MuJoCo from printing warnings and writing MUJOCO_LOG.TXT into the working directory."""
+    import mujoco
+
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Presets
+
+
+def preset_folders() -> list[Path]:
+    """Return where presets are looked for: ``./envs``, then those of the wheel or of the checkout."""
+    here = Path(__file__).parent
+    packaged = here / "presets"
+    return [Path("envs"), packaged if packaged.is_dir() else here.parent / "envs"]
+
+
+def list_presets() -> dict[str, Path]:
+    """Return all presets by name, the user's own before ours."""
+    found: dict[str, Path] = {}
+    for folder in preset_folders():
+        for path in sorted(folder.glob("*.toml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Read the preset of an env id or a ``.toml`` file; an id without one gives just its id."""
+    if name.endswith(".toml"):
+        return read_toml(Path(name))
+    path = list_presets().get(name)
+    return read_toml(path) if path else {"env_id": name}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    :raises ConfigError: it is not there or not TOML
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {_one_line(error)}") from error
+
+
+def resolve_wrappers(
+    entries: list[dict[str, Any]], gym_packages: tuple[str, ...] = ()
+) -> tuple[tuple[type[gym.Wrapper], dict[str, Any]], ...]:
+    """Turn ``[[wrappers]]`` tables (``name`` and keyword arguments) into classes.
+
+    Only modules of Gymnasium, and of packages that the caller names, are imported: a run folder may come from
+    a stranger.
+
+    :raises ConfigError: a wrapper is not there, or its package was not named
+    """
+    wrappers = []
+    for entry in entries:
+        kwargs = dict(entry)
+        dotted = kwargs.pop("name", None)
+        if not isinstance(dotted, str) or "." not in dotted:
+            raise ConfigError(f"a wrapper needs name = 'module.Class', got {entry!r}")
+        module, _, name = dotted.rpartition(".")
+        if module.split(".")[0] not in {"gymnasium", *(package.split(".")[0] for package in gym_packages)}:
+            raise ConfigError(f"wrapper {dotted!r} is outside Gymnasium: allow it with --gym-packages {module}")
+        try:
+            wrapper = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"wrapper {dotted!r} does not exist ({_one_line(error)})") from error
+        if not (isinstance(wrapper, type) and issubclass(wrapper, gym.Wrapper)):
+            raise ConfigError(f"wrapper {dotted!r} is not a gymnasium.Wrapper")
+        wrappers.append((wrapper, kwargs))
+    return tuple(wrappers)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,74 @@
+"""Fitness shaping: fitness (N,) to utilities (N,), both float64; higher is better.
+
+Members 2k and 2k+1 are an antithetic pair. Every function here gives a population without differences a zero
+update, and is unchanged when the population is permuted pair by pair.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from eggroll_rl.errors import ConfigError
+
+FitnessShaping = Callable[[Tensor], Tensor]
+
+
+def centered_rank(fitness: Tensor) -> Tensor:
+    """Return ranks scaled to [-0.5, 0.5]; equal fitness gets the mean of its ranks (Salimans et al. 2017)."""
+    _, inverse, counts = torch.unique(fitness, return_inverse=True, return_counts=True)
+    rank = counts.cumsum(0).double() - (counts.double() + 1) / 2  # mean of the tied ranks 0 .. N-1
+    return rank[inverse] / (len(fitness) - 1) - 0.5
+
+
+def standardize(fitness: Tensor) -> Tensor:
+    """Return z-scores with the population's deviation (divisor N); zeros if all are equal."""
+    centered = fitness - fitness.mean()
+    deviation = centered.square().mean().sqrt()
+    return centered / deviation if deviation > 0 else torch.zeros_like(fitness)
+
+
+def none(fitness: Tensor) -> Tensor:
+    """Return the fitness as it is."""
+    return fitness
+
+
+def best_fraction(fitness: Tensor, fraction: float = 0.5) -> Tensor:
+    """Keep the pairs whose better member is best, as z-scores over the kept members (ARS V2-t, arXiv 1803.07055).
+
+    The rest gets zero. Kept utilities are multiplied by n_pairs / n_kept, so that the update is the mean over
+    kept members and a fraction of 1 is :func:`standardize`. ARS's step size alpha equals ``learning_rate / 2``
+    with SGD: it divides by the number of kept pairs where we divide by members.
+    """
+    pairs = fitness.view(-1, 2)
+    n_kept = max(1, round(fraction * len(pairs)))
+    # A stable sort, so that ties do not depend on the sorting algorithm.
+    kept = torch.sort(pairs.amax(1), descending=True, stable=True).indices[:n_kept]
+    utilities = torch.zeros_like(pairs)
+    utilities[kept] = standardize(pairs[kept].flatten()).view(-1, 2) * (len(pairs) / n_kept)
+    return utilities.flatten()
+
+
+FITNESS_SHAPING: dict[str, FitnessShaping] = {
+    "centered_rank": centered_rank,
+    "standardize": standardize,
+    "none": none,
+    "best_fraction": best_fraction,
+}
+
+
+def make_fitness_shaping(shaping: str | FitnessShaping, fraction: float | None = None) -> FitnessShaping:
+    """Look up a shaping function by name; ``fraction`` is for ``"best_fraction"``."""
+    if fraction is not None:
+        if shaping != "best_fraction":
+            raise ConfigError("best_fraction is only used with fitness_shaping='best_fraction'")
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"best_fraction must be in (0, 1], got {fraction}")
+        return partial(best_fraction, fraction=fraction)
+    if callable(shaping):
+        return shaping
+    if shaping not in FITNESS_SHAPING:
+        known = ", ".join(FITNESS_SHAPING)
+        raise ConfigError(f"fitness_shaping must be one of {known} or a function, got {shaping!r}")
+    return FITNESS_SHAPING[shaping]

@@ -1,0 +1,283 @@
+"""Low-rank noise for a population: sample from a counter, apply in a batched forward, contract into a gradient.
+
+EGGROLL, "Evolution Strategies at the Hyperscale", arXiv 2511.16652, Alg. 1 and Eq. 6. Member n of a generation
+is evaluated at
+
+    W + s·sigma·A Bᵀ/sqrt(r)     for the weight W (O x I) of a Linear layer, A (O x r) and B (I x r) ~ N(0, 1)
+    b + s·sigma·eps              for every other parameter, eps ~ N(0, 1)
+
+with r clamped to min(O, I), s = +1 for even n and -1 for odd n, and the same A, B, eps for members 2k and 2k+1
+(an antithetic pair). A Bᵀ is never formed per member: Y = X Wᵀ + s·sigma/sqrt(r)·(X B) Aᵀ.
+
+Shapes: N members, P pairs, B batch, I inputs, O outputs, R rank.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from eggroll_rl.errors import UnsupportedModuleError
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Everything that determines one generation's perturbations: a few bytes, sent instead of the noise.
+
+    :param seed: any non-negative integer
+    :param generation: counts updates
+    :param population_size: number of members N (even; two per antithetic pair)
+    :param sigma: scale of the perturbation
+    :param rank: rank of a weight's perturbation
+    :param slice_size: members per slice (even). Forward passes and sums run slice by slice, because floating
+        point gives another last bit for another batch shape
+    """
+
+    seed: int
+    generation: int
+    population_size: int
+    sigma: float
+    rank: int
+    slice_size: int
+
+
+def standard_normal(noise: Noise, parameter: int, first_pair: int, n_pairs: int, size: int) -> Tensor:
+    """Return N(0, 1) noise (n_pairs, size), float32, a pure function of (seed, generation, pair, parameter).
+
+    Philox is counter based: a pair's numbers lie at a fixed place of the stream, so any range of pairs is
+    made in one call, anywhere. Box-Muller is used because it consumes a fixed number of draws per normal, as
+    the ziggurat of ``Generator.standard_normal`` does not. 24-bit uniforms bound |x| by 5.9.
+    """
+    blocks = -(-size // 8)  # one Philox block is 4 uint64: 8 normals
+    key = np.random.SeedSequence(noise.seed).generate_state(2, np.uint64)
+    philox = np.random.Philox(counter=[first_pair * blocks, parameter, noise.generation, 0], key=key)
+    bits = philox.random_raw(n_pairs * blocks * 4).view(np.uint32).reshape(n_pairs, 2, blocks * 4)
+    uniform = ((bits >> 8).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)  # in (0, 1)
+    radius = np.sqrt(np.float32(-2) * np.log(uniform[:, 0]))
+    angle = np.float32(2 * math.pi) * uniform[:, 1]
+    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return torch.from_numpy(np.ascontiguousarray(normal[:, :size]))
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """One parameter that is perturbed and updated.
+
+    :param name: name in the module
+    :param index: position among all the module's parameters, frozen ones included: its place in the noise
+    :param factored: a weight matrix with low-rank noise, or else dense noise
+    """
+
+    name: str
+    index: int
+    parameter: nn.Parameter
+    factored: bool
+
+    def factors(self, noise: Noise, first_pair: int, n_pairs: int) -> tuple[Tensor, Tensor]:
+        """Return A (P, O, R) and B (P, I, R) of a weight matrix; the perturbation is A Bᵀ/sqrt(R)."""
+        n_out, n_in = self.parameter.shape
+        rank = min(noise.rank, n_out, n_in)
+        flat = standard_normal(noise, self.index, first_pair, n_pairs, rank * (n_out + n_in))
+        flat = flat.to(self.parameter.device, self.parameter.dtype)
+        return (
+            flat[:, : rank * n_out].reshape(n_pairs, n_out, rank),
+            flat[:, rank * n_out :].reshape(n_pairs, n_in, rank),
+        )
+
+    def dense(self, noise: Noise, first_pair: int, n_pairs: int) -> Tensor:
+        """Return the perturbations E as (P, *shape). For weights this is the product that we avoid elsewhere."""
+        if self.factored:
+            a_POR, b_PIR = self.factors(noise, first_pair, n_pairs)
+            return a_POR @ b_PIR.transpose(1, 2) / math.sqrt(a_POR.shape[2])
+        eps = standard_normal(noise, self.index, first_pair, n_pairs, self.parameter.numel())
+        return eps.to(self.parameter.device, self.parameter.dtype).view(n_pairs, *self.parameter.shape)
+
+
+def perturbed_parameters(module: nn.Module) -> list[Perturbed]:
+    """List what a population perturbs: every parameter that requires grad.
+
+    :raises UnsupportedModuleError: naming a layer whose members could not be evaluated exactly
+    """
+    matrices: set[int] = set()
+    for path, layer in module.named_modules():
+        own = list(layer.parameters(recurse=False))
+        if type(layer) is nn.Linear:
+            matrices.add(id(layer.weight))
+        elif own or _mixes_members(layer):
+            name = path or "the module itself"
+            raise UnsupportedModuleError(
+                f"cannot perturb {name!r} ({type(layer).__name__}): "
+                "supported are Linear layers and activations without parameters"
+            )
+    found = [
+        Perturbed(name, index, parameter, id(parameter) in matrices)
+        for index, (name, parameter) in enumerate(module.named_parameters())
+        if parameter.requires_grad
+    ]
+    if not found:
+        raise UnsupportedModuleError("the module has no parameter that requires grad: there is nothing to optimise")
+    return found
+
+
+def _mixes_members(layer: nn.Module) -> bool:
+    # Batch statistics would leak between members; active dropout draws from the global generator.
+    return isinstance(layer, _NormBase) or (isinstance(layer, _DropoutNd) and layer.training and layer.p > 0)
+
+
+class PerturbedLinear(nn.Module):
+    """A Linear layer for N members at once: input (N·B, ..., I), member by member, to output (N·B, ..., O).
+
+    It has no attribute ``weight``: a forward that reaches past the layer fails instead of going unperturbed.
+    """
+
+    def __init__(self, linear: nn.Linear, signed_a_NOR: Tensor, b_NIR: Tensor, bias_NO: Tensor | None):
+        super().__init__()
+        # Plain attributes: a Parameter here would be found by the outer module and by `.weight`.
+        self._weight_IO = linear.weight.detach().t()
+        self._bias_NO = bias_NO
+        self._a_NRO = signed_a_NOR.transpose(1, 2).contiguous()
+        self._b_NIR = b_NIR.contiguous()
+        if b_NIR.shape[2] == 1:
+            self._a_NO = self._a_NRO[:, 0].contiguous()
+            self._b_NI = self._b_NIR[:, :, 0].contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_members, n_in, rank = self._b_NIR.shape
+        if rank == 1 and x.dim() == 2 and len(x) == n_members:
+            # The inner loop of a rollout, one observation per member: three small kernels over the plain layer.
+            y = torch.mm(x, self._weight_IO) if self._bias_NO is None else torch.addmm(self._bias_NO, x, self._weight_IO)
+            return y.addcmul_(self._a_NO, (x * self._b_NI).sum(1, keepdim=True))
+        x_NBI = x.reshape(n_members, -1, n_in)
+        y_NBO = (x.reshape(-1, n_in) @ self._weight_IO).view(*x_NBI.shape[:2], -1)
+        y_NBO = torch.baddbmm(y_NBO, torch.bmm(x_NBI, self._b_NIR), self._a_NRO)
+        if self._bias_NO is not None:
+            y_NBO += self._bias_NO.unsqueeze(1)
+        return y_NBO.reshape(*x.shape[:-1], -1)
+
+
+class Population:
+    """Consecutive members of one generation, evaluated together.
+
+    :param module: holds the mean parameters, which are read and never written
+    :param noise: the generation's noise
+    :param first: first member (even); the whole population by default
+    :param size: number of members (even). It may reach beyond ``population_size``: the noise is defined there
+        too, which is how the last slice is padded
+    """
+
+    def __init__(self, module: nn.Module, noise: Noise, first: int = 0, size: int | None = None):
+        self.noise = noise
+        self.first = first
+        self.size = noise.population_size - first if size is None else size
+        self._mean = module
+        self._parameters = perturbed_parameters(module)
+        self._members: nn.Module | None = None
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def members(self) -> nn.Module:
+        """The module for all members at once: input (N·B, ...), member by member, to output (N·B, ...).
+
+        Its weights are the mean's own tensors and its noise, N·r·(m+n) numbers per layer, is made once.
+        """
+        if self._members is None:
+            with torch.no_grad():
+                self._members = self._convert(self._mean, {})
+        return self._members
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, per_member: bool = False) -> Tensor:
+        """Evaluate all members in one batched call.
+
+        :param x: (batch, ...), the same for every member; with ``per_member`` (N, batch, ...)
+        :return: (N, batch, ...)
+        """
+        if per_member and len(x) != self.size:
+            raise ValueError(f"x must have one leading entry per member: expected {self.size}, got {len(x)}")
+        x_NB = x if per_member else x.expand(self.size, *x.shape)
+        return self.members(x_NB.flatten(0, 1)).unflatten(0, x_NB.shape[:2])
+
+    def parameters_of(self, member: int) -> dict[str, Tensor]:
+        """Return theta + s·sigma·E of one member, dense, by name; ``member`` counts from this range's first."""
+        if not 0 <= member < self.size:
+            raise IndexError(f"member must be in 0 .. {self.size - 1}, got {member}")
+        member += self.first
+        step = self.noise.sigma * (1 if member % 2 == 0 else -1)
+        return {
+            p.name: p.parameter.detach() + step * p.dense(self.noise, member // 2, 1)[0] for p in self._parameters
+        }
+
+    def _convert(self, module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
+        """Copy the module tree with every Linear replaced; containers keep their own forward, leaves are shared."""
+        if id(module) in seen:
+            return seen[id(module)]
+        if isinstance(module, nn.Linear):
+            converted: nn.Module = self._perturb(module)
+        elif not module._modules:
+            return module
+        else:
+            converted = copy.copy(module)
+            # copy.copy shares the dict of children with the original.
+            converted._modules = {
+                name: child if child is None else self._convert(child, seen)
+                for name, child in module._modules.items()
+            }
+        seen[id(module)] = converted
+        return converted
+
+    def _perturb(self, linear: nn.Linear) -> PerturbedLinear:
+        pairs = (self.first // 2, self.size // 2)
+        by_parameter = {id(p.parameter): p for p in self._parameters}
+        sign_N = torch.tensor([1.0, -1.0]).repeat(self.size // 2).to(linear.weight)
+        weight, bias = by_parameter.get(id(linear.weight)), by_parameter.get(id(linear.bias))
+        if weight is None:  # frozen
+            a_NOR = linear.weight.new_zeros(self.size, linear.out_features, 1)
+            b_NIR = linear.weight.new_zeros(self.size, linear.in_features, 1)
+        else:
+            a_NOR, b_NIR = (f.repeat_interleave(2, dim=0) for f in weight.factors(self.noise, *pairs))
+        scale = self.noise.sigma / math.sqrt(a_NOR.shape[2])
+        bias_NO = None
+        if linear.bias is not None:
+            bias_NO = linear.bias.detach().expand(self.size, -1)
+            if bias is not None:
+                eps_NO = bias.dense(self.noise, *pairs).repeat_interleave(2, dim=0)
+                bias_NO = bias_NO + self.noise.sigma * sign_N[:, None] * eps_NO
+        return PerturbedLinear(linear, scale * sign_N[:, None, None] * a_NOR, b_NIR, bias_NO)
+
+
+def slices(noise: Noise) -> Iterator[int]:
+    """Yield the first member of every slice, in order."""
+    return iter(range(0, noise.population_size, noise.slice_size))
+
+
+@torch.no_grad()
+def estimate_gradient(module: nn.Module, noise: Noise, utilities: Tensor) -> dict[str, Tensor]:
+    """Return g = (1/N) sum_n u_n s_n E_n by parameter name, in float64 (paper Eq. 6, with 1/sigma left out).
+
+    For weights it is (diag(w) A)ᵀ B per slice, summed over slices in their order; nothing of size N·O·I exists.
+
+    :param utilities: shaped fitness u (N,), float64
+    """
+    weights_P = (utilities[0::2] - utilities[1::2]) / noise.population_size
+    gradient = {}
+    for p in perturbed_parameters(module):
+        total = torch.zeros_like(p.parameter, dtype=torch.float64)
+        for first in slices(noise):
+            w_P = weights_P[first // 2 : (first + noise.slice_size) // 2].to(total.device)
+            pairs = (first // 2, len(w_P))
+            if p.factored:
+                a_POR, b_PIR = (f.double() for f in p.factors(noise, *pairs))
+                a_PRO = (a_POR * w_P[:, None, None]).transpose(1, 2)
+                total += a_PRO.flatten(0, 1).t() @ b_PIR.transpose(1, 2).flatten(0, 1) / math.sqrt(a_POR.shape[2])
+            else:
+                total += torch.tensordot(w_P, p.dense(noise, *pairs).double(), dims=1)
+        gradient[p.name] = total
+    return gradient

@@ -1,0 +1,157 @@
+"""SB3 policies for EGGROLL: deterministic networks with the observation normalizer inside.
+
+``predict(raw_obs)`` works everywhere; no statistics have to be carried beside the model.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim, preprocess_obs
+from torch import Tensor, nn
+
+from eggroll_rl.errors import ConfigError
+from eggroll_rl.normalization import ObsNormalizer
+
+OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+
+
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """Refuse spaces that the policies cannot handle, naming them."""
+    if not isinstance(observation_space, OBSERVATION_SPACES):
+        known = ", ".join(space.__name__ for space in OBSERVATION_SPACES)
+        raise ConfigError(f"observation space {observation_space} is not supported; supported are {known}")
+    if isinstance(action_space, spaces.Box):
+        if not np.isfinite(action_space.low).all() or not np.isfinite(action_space.high).all():
+            raise ConfigError(
+                f"action space {action_space} is unbounded; wrap the env in gymnasium.wrappers.ClipAction's "
+                "finite counterpart RescaleAction, or give it finite bounds"
+            )
+    elif not isinstance(action_space, spaces.Discrete):
+        raise ConfigError(f"action space {action_space} is not supported; supported are Box and Discrete")
+
+
+class MlpPolicy(BasePolicy):
+    """Deterministic MLP from normalized observations to actions.
+
+    Box actions: the output is clipped to [-1, 1] (or squashed by tanh) and mapped linearly onto the space's
+    bounds. Discrete actions: argmax. ``deterministic`` in :meth:`predict` changes nothing.
+
+    :param observation_space: Box of any shape (flattened), Discrete, MultiDiscrete or MultiBinary (one-hot)
+    :param action_space: bounded Box or Discrete
+    :param net_arch: sizes of the hidden layers
+    :param activation_fn: activation between layers
+    :param normalize_obs: normalize Box observations by running moments
+    :param squash_output: tanh instead of clipping
+    :param with_bias: give the layers biases
+    :param zero_last_layer: start with the last layer at zero: the mean of the action bounds, for every observation
+    :raises ConfigError: a space is not supported
+    """
+
+    _action_middle: Tensor
+    _action_half_range: Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        net_arch: list[int] | None = None,
+        activation_fn: type[nn.Module] = nn.Tanh,
+        normalize_obs: bool = True,
+        squash_output: bool = False,
+        with_bias: bool = True,
+        zero_last_layer: bool = True,
+    ):
+        check_spaces(observation_space, action_space)
+        super().__init__(
+            observation_space, action_space, squash_output=squash_output and isinstance(action_space, spaces.Box)
+        )
+        self.net_arch = [64, 64] if net_arch is None else list(net_arch)
+        self.activation_fn = activation_fn
+        self.with_bias = with_bias
+        self.zero_last_layer = zero_last_layer
+        self.normalize_obs = normalize_obs
+        self.n_inputs = get_flattened_obs_dim(observation_space)
+        is_box = isinstance(observation_space, spaces.Box)
+        self.normalizer = ObsNormalizer(self.n_inputs) if normalize_obs and is_box else None
+        n_outputs = int(action_space.n) if isinstance(action_space, spaces.Discrete) else int(np.prod(action_space.shape))
+        self.network = self._make_network([self.n_inputs, *self.net_arch, n_outputs])
+        if isinstance(action_space, spaces.Box):
+            low, high = (torch.as_tensor(b, dtype=torch.float32).flatten() for b in (action_space.low, action_space.high))
+            self.register_buffer("_action_middle", (low + high) / 2, persistent=False)
+            self.register_buffer("_action_half_range", (high - low) / 2, persistent=False)
+
+    def _make_network(self, sizes: list[int]) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+            linear = nn.Linear(n_in, n_out, bias=self.with_bias)
+            nn.init.orthogonal_(linear.weight)
+            if self.with_bias:
+                nn.init.zeros_(linear.bias)
+            layers += [linear, self.activation_fn()]
+        last = layers[-2]
+        assert isinstance(last, nn.Linear)
+        if self.zero_last_layer:
+            nn.init.zeros_(last.weight)
+        return nn.Sequential(*layers[:-1])
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """Flatten observations (N, ...) to (N, I): Box as it is, the discrete spaces one-hot."""
+        if not isinstance(self.observation_space, spaces.Box):
+            obs = preprocess_obs(obs, self.observation_space)  # type: ignore[assignment]
+        return obs.flatten(1)
+
+    def features(self, encoded: Tensor) -> Tensor:
+        """Return the network's input (N, I), float32."""
+        if self.normalizer is not None:
+            return self.normalizer(encoded)
+        # A copy in torch's own memory even if it is float32 already: BLAS may round differently for another alignment.
+        return encoded.to(torch.float32, copy=True)
+
+    def actions(self, outputs: Tensor) -> Tensor:
+        """Map the network's outputs (N, O) to actions of the env (N, *action_space.shape)."""
+        if isinstance(self.action_space, spaces.Discrete):
+            return outputs.argmax(1) + int(self.action_space.start)
+        unit = outputs.tanh() if self.squash_output else outputs.clamp(-1.0, 1.0)
+        actions = torch.addcmul(self._action_middle, unit, self._action_half_range)
+        return actions.view(-1, *self.action_space.shape)  # type: ignore[misc]
+
+    def forward(self, obs: Tensor, deterministic: bool = True) -> Tensor:
+        """Return the env's actions for a batch of raw observations."""
+        return self.actions(self.network(self.features(self.encode(obs))))
+
+    def _predict(self, observation: Any, deterministic: bool = True) -> Tensor:
+        if self.squash_output:
+            # predict() of the base class maps squashed actions onto the bounds itself.
+            return self.network(self.features(self.encode(observation))).tanh()
+        return self(observation)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "net_arch": self.net_arch,
+            "activation_fn": self.activation_fn,
+            "normalize_obs": self.normalize_obs,
+            "squash_output": self.squash_output,
+            "with_bias": self.with_bias,
+            "zero_last_layer": self.zero_last_layer,
+        }
+
+
+class LinearPolicy(MlpPolicy):
+    """One linear layer, without bias by default, as in ARS."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        net_arch: list[int] | None = None,
+        with_bias: bool = False,
+        **kwargs: Any,
+    ):
+        if net_arch:
+            raise ConfigError(f"LinearPolicy has no hidden layers, got net_arch={net_arch!r}; use MlpPolicy")
+        super().__init__(observation_space, action_space, net_arch=[], with_bias=with_bias, **kwargs)

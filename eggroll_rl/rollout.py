@@ -1,0 +1,161 @@
+"""The inner loop: one slice of the population through one vector env.
+
+A member's evaluation is a pure function of (parameters, normalizer, seed, generation, member, episode). Both
+members of a pair see the same episode seeds (common random numbers). The batch keeps its size to the end:
+a finished member keeps its row and its action is ignored, for BLAS rounds differently for another shape.
+
+Shapes: N members of the slice, padding included, E episodes, I inputs.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+
+from eggroll_rl.errors import EpisodeError
+from eggroll_rl.lowrank import Noise, Population
+from eggroll_rl.normalization import Moments
+from eggroll_rl.policies import MlpPolicy
+from eggroll_rl.serial_vector import SubEnvError
+
+_EPISODE_STREAM = 1  # spawn keys of the seed: the noise uses the seed itself
+_GLOBALS_STREAM = 2
+_MOMENTS_BLOCK = 32  # steps whose observations are added to the moments at once
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a worker needs once per generation.
+
+    :param noise: determines all perturbations
+    :param state: the policy's ``state_dict`` as arrays: mean parameters and the frozen normalizer
+    :param n_eval_episodes: episodes per member
+    """
+
+    noise: Noise
+    state: dict[str, np.ndarray]
+    n_eval_episodes: int
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """What comes back for one slice, for its real members (padding left out).
+
+    :param returns: (N, E) sums of rewards, float64
+    :param lengths: (N, E) env steps
+    :param moments: of the observations that each member acted on
+    :param idle_steps: env steps made and not used: none but in the compatible mode
+    """
+
+    first: int
+    returns: np.ndarray
+    lengths: np.ndarray
+    moments: Moments
+    idle_steps: int = 0
+
+
+def episode_seeds(noise: Noise, n_eval_episodes: int) -> np.ndarray:
+    """Return the reset seeds (population_size, E): one per pair and episode, from one ``SeedSequence``."""
+    sequence = np.random.SeedSequence(noise.seed, spawn_key=(_EPISODE_STREAM, noise.generation))
+    n_pairs = noise.population_size // 2
+    return sequence.generate_state(n_pairs * n_eval_episodes).reshape(n_pairs, n_eval_episodes).repeat(2, axis=0)
+
+
+@torch.no_grad()
+def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorEnv) -> RolloutResult:
+    """Evaluate the slice of members that starts at ``first``.
+
+    :param policy: holds the generation's state already
+    :param envs: ``slice_size`` sub-envs in ``AutoresetMode.DISABLED``, finished ones left alone
+    :raises EpisodeError: an env raised, or gave a NaN or infinite reward or observation
+    """
+    noise, n_episodes = generation.noise, generation.n_eval_episodes
+    size = noise.slice_size
+    seeds_NE = episode_seeds(noise, n_episodes)[first : first + size]
+    n_members = len(seeds_NE)  # the last slice may be short: its other rows are padding and never run
+
+    returns_NE = np.zeros((n_members, n_episodes))
+    lengths_NE = np.zeros((n_members, n_episodes), dtype=np.int64)
+    # Of the running episode:
+    episode_N = np.zeros(size, dtype=np.int64)
+    return_N, length_N = np.zeros(size), np.zeros(size, dtype=np.int64)
+
+    def episode_error(row: int, what: str) -> EpisodeError:
+        return EpisodeError(
+            f"generation {noise.generation}, member {first + row}, episode {episode_N[row]}, "
+            f"step {length_N[row]}, seed {seeds_NE[row, episode_N[row]]}: {what}"
+        )
+
+    moments = Moments.zeros(size, policy.n_inputs)
+    seen_TNI = np.empty((_MOMENTS_BLOCK, size, policy.n_inputs))
+    active_TN = np.empty((_MOMENTS_BLOCK, size), dtype=bool)
+    t = 0
+    active_N = np.arange(size) < n_members
+    reset_N = active_N
+    with seeded_globals(noise, first):
+        members = Population(policy.network, noise, first, size).members
+        try:
+            while active_N.any():
+                if reset_N.any():
+                    row_seeds = [int(seeds_NE[i, episode_N[i]]) if reset_N[i] else None for i in range(size)]
+                    obs, _ = envs.reset(seed=row_seeds, options={"reset_mask": reset_N})
+                    _check_finite(obs, active_N, "observation", episode_error)
+                encoded = policy.encode(torch.from_numpy(obs))
+                seen_TNI[t], active_TN[t] = encoded.numpy(), active_N
+                t += 1
+                if t == _MOMENTS_BLOCK:
+                    moments.add(seen_TNI, active_TN)
+                    t = 0
+                actions = policy.actions(members(policy.features(encoded)))
+                obs, rewards, terminations, truncations, _ = envs.step(actions.numpy())
+                return_N += rewards
+                length_N += active_N
+                _check_finite(rewards, active_N, "reward", episode_error)
+                _check_finite(obs, active_N, "observation", episode_error)
+                ended_N = active_N & (terminations | truncations)
+                reset_N = ended_N
+                if ended_N.any():
+                    rows = np.flatnonzero(ended_N)
+                    returns_NE[rows, episode_N[rows]] = return_N[rows]
+                    lengths_NE[rows, episode_N[rows]] = length_N[rows]
+                    return_N[rows], length_N[rows] = 0, 0
+                    episode_N[rows] += 1
+                    active_N = active_N & (episode_N < n_episodes)
+                    reset_N = ended_N & active_N
+        except SubEnvError as error:
+            raise episode_error(error.index, f"the env raised in {error.call}: {error.summary}\n{error.text}") from None
+    moments.add(seen_TNI[:t], active_TN[:t])
+    real = Moments(moments.count[:n_members], moments.mean[:n_members], moments.m2[:n_members])
+    return RolloutResult(first, returns_NE, lengths_NE, real)
+
+
+def _check_finite(
+    values: np.ndarray, active_N: np.ndarray, what: str, episode_error: Callable[[int, str], EpisodeError]
+) -> None:
+    if math.isfinite(values.sum()):
+        return
+    bad_N = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1) & active_N
+    if bad_N.any():
+        row = int(np.flatnonzero(bad_N)[0])
+        raise episode_error(row, f"the env's {what} is not finite: {values[row]}")
+
+
+@contextmanager
+def seeded_globals(noise: Noise, first: int) -> Iterator[None]:
+    """Seed the global generators for one slice and put them back: an env may draw from them."""
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    seed = np.random.SeedSequence(noise.seed, spawn_key=(_GLOBALS_STREAM, noise.generation, first)).generate_state(1)[0]
+    random.seed(int(seed))
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would touch accelerators too
+    try:
+        yield
+    finally:
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])
+        torch.set_rng_state(saved[2])

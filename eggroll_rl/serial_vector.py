@@ -1,0 +1,93 @@
+"""``SerialVectorEnv``: any Gymnasium env as a vector env that leaves finished sub-envs alone."""
+
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+
+class SubEnvError(Exception):
+    """A sub-env raised. ``index`` says which one, ``call`` what it was doing, ``text`` holds its traceback."""
+
+    def __init__(self, index: int, call: str, error: BaseException):
+        self.index = index
+        self.call = call
+        self.summary = f"{type(error).__name__}: {error}"
+        self.text = "".join(traceback.format_exception(error))
+        super().__init__(f"sub-env {index} raised in {call}: {self.summary}")
+
+
+class SerialVectorEnv(VectorEnv):
+    """Step sub-envs one after the other, in ``AutoresetMode.DISABLED``.
+
+    As Gymnasium's ``SyncVectorEnv`` but for two things that evaluation needs. A finished sub-env is left
+    untouched, at no cost, until it is reset by mask: its observation stays, its reward is 0, its flags are
+    False. And the info of a step is kept only where an episode ended, because gathering a dict per env and
+    step would cost as much as the physics.
+
+    :param env_fns: one function per sub-env, each returning a new env
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012 (Gymnasium's own form)
+
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]):
+        self.envs = [make() for make in env_fns]
+        self.num_envs = len(self.envs)
+        self.single_observation_space = self.envs[0].observation_space
+        self.single_action_space = self.envs[0].action_space
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.spec = self.envs[0].spec
+        shape, dtype = self.single_observation_space.shape, self.single_observation_space.dtype
+        self._obs = np.zeros((self.num_envs, *(shape or ())), dtype)
+        self._done = np.ones(self.num_envs, dtype=bool)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Reset the sub-envs of ``options["reset_mask"]`` (all by default).
+
+        :param seed: one seed per sub-env; or one number s, for s, s + 1, ...
+        :raises SubEnvError: a sub-env raised
+        """
+        options = dict(options or {})
+        mask = options.pop("reset_mask", np.ones(self.num_envs, dtype=bool))
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
+        for i in np.flatnonzero(mask).tolist():
+            try:
+                self._obs[i], _ = self.envs[i].reset(seed=seeds[i], options=options or None)
+            except Exception as error:
+                raise SubEnvError(i, "reset()", error) from error
+        self._done[mask] = False
+        return self._obs.copy(), {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step the sub-envs whose episode is still running.
+
+        :param actions: (num_envs, ...); those of finished sub-envs are ignored
+        :return: observations, rewards, terminations, truncations (num_envs, ...) and the infos of episodes that
+            ended in this step
+        :raises SubEnvError: a sub-env raised
+        """
+        rewards = np.zeros(self.num_envs)
+        terminations = np.zeros(self.num_envs, dtype=bool)
+        truncations = np.zeros(self.num_envs, dtype=bool)
+        infos: dict[str, Any] = {}
+        for i in np.flatnonzero(~self._done).tolist():
+            try:
+                self._obs[i], rewards[i], terminations[i], truncations[i], info = self.envs[i].step(actions[i])
+            except Exception as error:
+                raise SubEnvError(i, "step()", error) from error
+            if terminations[i] or truncations[i]:
+                self._done[i] = True
+                infos = self._add_info(infos, info, i)
+        return self._obs.copy(), rewards, terminations, truncations, infos
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close all sub-envs."""
+        for env in self.envs:
+            env.close()

@@ -1,0 +1,77 @@
+"""The compatible mode: evaluate a generation on a ready-made SB3 ``VecEnv``.
+
+Such an env cannot be rebuilt in workers or seeded per episode, and resets by itself. Members run in blocks of
+``num_envs``; a block ends when its last member has finished, and the others' further steps are only counted.
+"""
+
+from typing import Self
+
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+
+from eggroll_rl.errors import EpisodeError
+from eggroll_rl.es import one_thread
+from eggroll_rl.lowrank import Population
+from eggroll_rl.normalization import Moments
+from eggroll_rl.policies import MlpPolicy
+from eggroll_rl.rollout import Generation, RolloutResult
+
+
+class VecEnvEvaluator:
+    """Evaluate on ``env``, in this process; see :class:`eggroll_rl.workers.Evaluator`."""
+
+    def __init__(self, policy: MlpPolicy, env: VecEnv):
+        self._policy = policy
+        self._env = env
+
+    def evaluate(self, generation: Generation) -> list[RolloutResult]:
+        """Return one result per block of members, in order."""
+        size = generation.noise.population_size
+        with one_thread():
+            return [self._block(generation, first) for first in range(0, size, self._env.num_envs)]
+
+    def close(self) -> None:
+        """Leave the env open: it is the user's."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def _block(self, generation: Generation, first: int) -> RolloutResult:
+        noise, n_episodes, n_envs = generation.noise, generation.n_eval_episodes, self._env.num_envs
+        n_members = min(n_envs, noise.population_size - first)
+        # A population is whole pairs: the envs sit at `offset` among its rows.
+        offset = first % 2
+        rows = offset + n_envs + (offset + n_envs) % 2
+        members = Population(self._policy.network, noise, first - offset, rows).members
+        returns_NE = np.zeros((n_members, n_episodes))
+        lengths_NE = np.zeros((n_members, n_episodes), dtype=np.int64)
+        moments = Moments.zeros(n_envs, self._policy.n_inputs)
+        episode_N = np.where(np.arange(n_envs) < n_members, 0, n_episodes)
+        features = torch.zeros(rows, self._policy.n_inputs)
+        steps = 0
+        obs = self._env.reset()
+        while (episode_N < n_episodes).any():
+            active_N = episode_N < n_episodes
+            encoded = self._policy.encode(torch.as_tensor(obs))
+            moments.add(encoded.numpy()[None], active_N[None])
+            features[offset : offset + n_envs] = self._policy.features(encoded)
+            actions = self._policy.actions(members(features))[offset : offset + n_envs]
+            obs, rewards, dones, _ = self._env.step(actions.numpy())
+            steps += n_envs
+            active = np.flatnonzero(active_N)
+            returns_NE[active, episode_N[active]] += rewards[active]
+            lengths_NE[active, episode_N[active]] += 1
+            if not np.isfinite(returns_NE).all():
+                member = int(np.flatnonzero(~np.isfinite(returns_NE).all(axis=1))[0])
+                raise EpisodeError(
+                    f"generation {noise.generation}, member {first + member}, episode {episode_N[member]}, "
+                    f"step {lengths_NE[member, episode_N[member]]}: the env's reward is not finite: {rewards[member]}"
+                )
+            episode_N += active_N & dones
+        real = Moments(moments.count[:n_members], moments.mean[:n_members], moments.m2[:n_members])
+        return RolloutResult(first, returns_NE, lengths_NE, real, steps - int(lengths_NE.sum()))

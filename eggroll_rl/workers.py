@@ -1,0 +1,227 @@
+"""Who evaluates a generation: this process, or worker processes that own their envs for the whole run.
+
+A worker is a fresh interpreter, not a fork, that never imports the caller's script: SB3 users write no
+``__main__`` guard. Policy and env function travel once, by cloudpickle. Per generation a worker gets the
+parameters, the normalizer's moments and bounds of slices, and sends back results.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections import deque
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import cloudpickle
+import torch
+
+from eggroll_rl.envs import EnvFactory, mujoco_warnings_silenced
+from eggroll_rl.errors import ConfigError, EggrollError, EpisodeError, WorkerDiedError
+from eggroll_rl.es import one_thread
+from eggroll_rl.lowrank import slices
+from eggroll_rl.policies import MlpPolicy
+from eggroll_rl.rollout import Generation, RolloutResult, rollout
+
+
+class Evaluator(Protocol):
+    """Evaluates all members of a generation; results are the same to the bit for every implementation."""
+
+    def evaluate(self, generation: Generation) -> list[RolloutResult]:
+        """Return one result per slice, in slice order."""
+
+    def close(self) -> None:
+        """Release envs and processes."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+def available_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_evaluator(n_workers: int | None, policy: MlpPolicy, factory: EnvFactory, generation: Generation) -> Evaluator:
+    """Return an evaluator with ``n_workers`` processes (0: none; None: one per core), at most one per slice."""
+    n_slices = len(list(slices(generation.noise)))
+    if n_workers is None:
+        # pass_fds is POSIX; elsewhere the run is the same, in-process.
+        n_workers = available_cores() if os.name == "posix" else 0
+    if n_workers == 0:
+        return InProcessEvaluator(policy, factory, generation.noise.slice_size)
+    return ProcessEvaluator(min(n_workers, n_slices), policy, factory, generation.noise.slice_size)
+
+
+class InProcessEvaluator:
+    """Evaluate slice by slice in this process, with ``policy`` itself."""
+
+    def __init__(self, policy: MlpPolicy, factory: EnvFactory, slice_size: int):
+        self._policy = policy
+        self._envs = factory.vector(slice_size)
+
+    def evaluate(self, generation: Generation) -> list[RolloutResult]:
+        """Return one result per slice, in slice order."""
+        with one_thread(), mujoco_warnings_silenced():
+            return [rollout(self._policy, generation, first, self._envs) for first in slices(generation.noise)]
+
+    def close(self) -> None:
+        """Close the envs."""
+        self._envs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class ProcessEvaluator:
+    """Evaluate slices in worker processes, each handed the next slice as it becomes free.
+
+    :param n_workers: number of processes, at least 1
+    :param policy: its architecture; its state comes with every generation
+    :param factory: builds an env in the worker
+    :param slice_size: sub-envs per worker
+    :raises ConfigError: the env function cannot be pickled
+    :raises EggrollError: an env cannot be built in the worker, with its traceback
+    """
+
+    def __init__(self, n_workers: int, policy: MlpPolicy, factory: EnvFactory, slice_size: int):
+        try:
+            setup = cloudpickle.dumps((policy, factory, slice_size))
+        except Exception as error:
+            raise ConfigError(f"the env cannot be sent to worker processes ({error}); use n_workers=0") from error
+        self._processes: list[subprocess.Popen] = []
+        self._connections: list[Connection] = []
+        try:
+            for _ in range(n_workers):
+                self._start()
+            for connection in self._connections:
+                connection.send_bytes(setup)
+            for connection in self._connections:
+                self._receive(connection)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", f"from eggroll_rl.workers import serve; serve({theirs.fileno()})"],
+                # Held open and never written to: its end-of-file tells the worker that we are gone.
+                stdin=subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+                env={
+                    **os.environ,
+                    # One core per worker; torch's own setting does not reach NumPy's BLAS.
+                    "OMP_NUM_THREADS": "1",
+                    "OPENBLAS_NUM_THREADS": "1",
+                    "MKL_NUM_THREADS": "1",
+                    # What the caller can import, modules beside his script included.
+                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                },
+                # Its own group: Ctrl-C in the terminal reaches us alone, and we end the workers.
+                process_group=0,
+            )
+        self._processes.append(process)
+        self._connections.append(Connection(ours.detach()))
+
+    def evaluate(self, generation: Generation) -> list[RolloutResult]:
+        """Return one result per slice, in slice order."""
+        waiting = deque(slices(generation.noise))
+        results: dict[int, RolloutResult] = {}
+        busy: set[Connection] = set()
+        for connection in self._connections:
+            self._send(connection, generation)
+            if waiting:
+                self._send(connection, waiting.popleft())
+                busy.add(connection)
+        while busy:
+            for connection in wait(list(busy)):
+                assert isinstance(connection, Connection)
+                result = self._receive(connection)
+                results[result.first] = result
+                if waiting:
+                    self._send(connection, waiting.popleft())
+                else:
+                    busy.remove(connection)
+        return [results[first] for first in slices(generation.noise)]
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+            if process.stdin:
+                process.stdin.close()
+        self._connections, self._processes = [], []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _send(self, connection: Connection, message: Any) -> None:
+        try:
+            connection.send(message)
+        except OSError as error:
+            raise self._died(connection) from error
+
+    def _receive(self, connection: Connection) -> Any:
+        try:
+            answer = connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._died(connection) from error
+        if isinstance(answer, EggrollError):
+            raise answer
+        return answer
+
+    def _died(self, connection: Connection) -> WorkerDiedError:
+        worker_id = self._connections.index(connection)
+        code = self._processes[worker_id].wait(timeout=10)
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        return WorkerDiedError(f"worker {worker_id} ended in the middle of its work ({how}); nothing was updated")
+
+
+def serve(fd: int) -> None:
+    """Run a worker: evaluate slices until the parent closes the connection ``fd``."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    with Connection(fd) as connection:
+        try:
+            policy, factory, slice_size = cloudpickle.loads(connection.recv_bytes())
+            with mujoco_warnings_silenced():
+                envs = factory.vector(slice_size)
+                connection.send("ready")
+                generation: Generation | None = None
+                while True:
+                    message = connection.recv()
+                    if isinstance(message, Generation):
+                        generation = message
+                        policy.load_state_dict({name: torch.from_numpy(a) for name, a in generation.state.items()})
+                    else:
+                        assert generation is not None
+                        connection.send(rollout(policy, generation, message, envs))
+        except EOFError:
+            return
+        except EggrollError as error:
+            connection.send(error)
+        except Exception as error:
+            connection.send(EpisodeError(f"a worker failed: {error!r}\n{traceback.format_exc()}"))
+
+
+def _exit_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
