@@ -9,7 +9,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.policies import BasePolicy
@@ -79,7 +78,10 @@ class EGGROLL(BaseAlgorithm):
     :raises ConfigError: a setting is wrong; before any env or process is made, where it can be
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy, "LinearPolicy": LinearPolicy}
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "LinearPolicy": LinearPolicy,
+    }
     policy: MlpPolicy
 
     def __init__(
@@ -129,6 +131,7 @@ class EGGROLL(BaseAlgorithm):
         if isinstance(policy, str) and policy not in self.policy_aliases:
             raise ConfigError(f"policy must be one of {', '.join(self.policy_aliases)} or a class, got {policy!r}")
 
+        self.last_generation: dict[str, float] = {}
         self._factory: EnvFactory | None = None
         super().__init__(
             policy=policy,
@@ -181,6 +184,7 @@ class EGGROLL(BaseAlgorithm):
     def set_env(self, env: EnvSource | EnvFactory | GymEnv, force_reset: bool = True) -> None:
         """Continue on another env with the same spaces, given in any form that the constructor takes."""
         made = self._native(env)
+        assert made is not None
         if isinstance(made, VecEnv):
             self._refuse_vec_normalize(made)
         super().set_env(made, force_reset=force_reset)
@@ -250,9 +254,9 @@ class EGGROLL(BaseAlgorithm):
         return ["policy", "policy.optimizer"], []
 
     @property
-    def generation(self) -> int:
-        """Updates made so far."""
-        return self._es.generation
+    def evolution_strategy(self) -> EvolutionStrategy:
+        """The core that this algorithm drives."""
+        return self._es
 
     def learn(
         self,
@@ -288,7 +292,7 @@ class EGGROLL(BaseAlgorithm):
                     if not self._run_generation(evaluator, callback, total_timesteps):
                         break
                     bar.update(self.num_timesteps - bar.n)
-                    bar.set_postfix(ep_rew_mean=f"{safe_mean([e['r'] for e in self.ep_info_buffer]):.0f}")
+                    bar.set_postfix(ep_rew_mean=f"{self.last_generation['ep_rew_mean']:.1f}")
                     if log_interval is not None and self._n_updates % log_interval == 0:
                         self.dump_logs()
                     if not all(c.on_generation_end() for c in _generation_callbacks(callback)):
@@ -302,11 +306,16 @@ class EGGROLL(BaseAlgorithm):
         """Ask, evaluate, tell; return False if a callback stopped the run before the update."""
         self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         callback.on_rollout_start()
-        results = evaluator.evaluate(self._next_generation())
+        results = evaluator.evaluate(self.next_generation())
         self.num_timesteps += sum(result.idle_steps for result in results)
         if not self._count_steps(results, callback):
             return False
         callback.on_rollout_end()
+        self.update(results)
+        return True
+
+    def update(self, results: list[RolloutResult]) -> None:
+        """Tell the core what the members reached, then add what they saw to the normalizer."""
         returns_NE = np.concatenate([result.returns for result in results])
         lengths_NE = np.concatenate([result.lengths for result in results])
         fitness_N = (returns_NE + self.alive_bonus_offset * lengths_NE).mean(axis=1)
@@ -315,12 +324,13 @@ class EGGROLL(BaseAlgorithm):
             # After the update: one generation sees one normalizer.
             self.policy.normalizer.combine(Moments.concatenate([result.moments for result in results]))
         self._n_updates += 1
+        self.last_generation = {"ep_rew_mean": returns_NE.mean(), "ep_len_mean": lengths_NE.mean(), **metrics}
         for name, value in metrics.items():
             section = "rollout" if name.startswith("fitness") else "train"
             self.logger.record(f"{section}/{name}", value)
-        return True
 
-    def _next_generation(self) -> Generation:
+    def next_generation(self) -> Generation:
+        """Return what evaluators need for the current generation."""
         state = {name: tensor.cpu().numpy() for name, tensor in self.policy.state_dict().items()}
         return Generation(self._es.ask().noise, state, self.n_eval_episodes)
 
@@ -329,7 +339,7 @@ class EGGROLL(BaseAlgorithm):
         if self._factory is None:
             self._say("compatible mode: this env is stepped as it is, in this process, with fewer guarantees")
             return VecEnvEvaluator(self.policy, self.env)
-        evaluator = make_evaluator(self.n_workers, self.policy, self._factory, self._next_generation())
+        evaluator = make_evaluator(self.n_workers, self.policy, self._factory, self.next_generation())
         self._say(f"native mode: {self._factory.describe_vector()}, {type(evaluator).__name__}")
         return evaluator
 
@@ -340,21 +350,19 @@ class EGGROLL(BaseAlgorithm):
     def _count_steps(self, results: list[RolloutResult], callback: BaseCallback) -> bool:
         """Count the steps and fill the episode buffer, replaying them for callbacks that look at steps."""
         now = round(time.time_ns() / 1e9 - self.start_time / 1e9, 6)
-        episodes = [
-            {"r": float(reward), "l": int(length), "t": now}
-            for result in results
-            for reward, length in zip(result.returns.ravel(), result.lengths.ravel(), strict=True)
-        ]
+        lengths = [int(length) for result in results for length in result.lengths.ravel()]
+        returns = [float(sum_) for result in results for sum_ in result.returns.ravel()]
+        episodes = [{"r": r, "l": length, "t": now} for r, length in zip(returns, lengths, strict=True)]
         if _only_generation_callbacks(callback):
-            self.num_timesteps += sum(episode["l"] for episode in episodes)
+            self.num_timesteps += sum(lengths)
             self.ep_info_buffer.extend(episodes)  # type: ignore[union-attr]
             return True
-        for episode in episodes:
-            for step in range(1, episode["l"] + 1):
-                ended = step == episode["l"]
+        for episode, length in zip(episodes, lengths, strict=True):
+            for step in range(1, length + 1):
+                ended = step == length
                 # The names that SB3's callbacks look up in their locals.
                 dones = np.array([ended])
-                infos = [{"episode": episode} if ended else {}]
+                infos: list[dict[str, Any]] = [{"episode": episode} if ended else {}]
                 self.num_timesteps += 1
                 if ended:
                     self._update_info_buffer(infos, dones)
@@ -421,5 +429,3 @@ def _generation_callbacks(callback: BaseCallback) -> list[GenerationCallback]:
 
 def _only_generation_callbacks(callback: BaseCallback) -> bool:
     return all(isinstance(leaf, GenerationCallback) for leaf in _leaves(callback))
-
-

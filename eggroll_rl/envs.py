@@ -49,7 +49,10 @@ class EnvFactory:
             if isinstance(self.source, EnvSpec):
                 try:
                     env = gym.make(
-                        self.source, max_episode_steps=self.max_episode_steps, disable_env_checker=True, **kwargs
+                        self.source,
+                        max_episode_steps=self.max_episode_steps,
+                        disable_env_checker=True,
+                        **kwargs,
                     )
                 except (gym.error.Error, TypeError) as error:
                     raise ConfigError(f"cannot make {self.source.id}: {_one_line(error)}") from error

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from eggroll_rl.errors import ConfigError, NonFiniteError
 from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping
-from eggroll_rl.lowrank import Noise, Population, estimate_gradient, perturbed_parameters, slices
+from eggroll_rl.lowrank import Noise, Population, estimate_gradient, perturbed_parameters
 
 GenerationSchedule = Callable[[int], float]
 
@@ -248,5 +248,3 @@ class EvolutionStrategy:
     def _set_parameters(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
-
-

@@ -148,10 +148,15 @@ class PerturbedLinear(nn.Module):
             self._b_NI = self._b_NIR[:, :, 0].contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Evaluate the layer for every member."""
         n_members, n_in, rank = self._b_NIR.shape
         if rank == 1 and x.dim() == 2 and len(x) == n_members:
             # The inner loop of a rollout, one observation per member: three small kernels over the plain layer.
-            y = torch.mm(x, self._weight_IO) if self._bias_NO is None else torch.addmm(self._bias_NO, x, self._weight_IO)
+            y = (
+                torch.mm(x, self._weight_IO)
+                if self._bias_NO is None
+                else torch.addmm(self._bias_NO, x, self._weight_IO)
+            )
             return y.addcmul_(self._a_NO, (x * self._b_NI).sum(1, keepdim=True))
         x_NBI = x.reshape(n_members, -1, n_in)
         y_NBO = (x.reshape(-1, n_in) @ self._weight_IO).view(*x_NBI.shape[:2], -1)
@@ -211,9 +216,7 @@ class Population:
             raise IndexError(f"member must be in 0 .. {self.size - 1}, got {member}")
         member += self.first
         step = self.noise.sigma * (1 if member % 2 == 0 else -1)
-        return {
-            p.name: p.parameter.detach() + step * p.dense(self.noise, member // 2, 1)[0] for p in self._parameters
-        }
+        return {p.name: p.parameter.detach() + step * p.dense(self.noise, member // 2, 1)[0] for p in self._parameters}
 
     def _convert(self, module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
         """Copy the module tree with every Linear replaced; containers keep their own forward, leaves are shared."""
@@ -227,8 +230,7 @@ class Population:
             converted = copy.copy(module)
             # copy.copy shares the dict of children with the original.
             converted._modules = {
-                name: child if child is None else self._convert(child, seen)
-                for name, child in module._modules.items()
+                name: child if child is None else self._convert(child, seen) for name, child in module._modules.items()
             }
         seen[id(module)] = converted
         return converted

@@ -41,10 +41,11 @@ class MujocoVectorEnv(VectorEnv):
         self.single_action_space = env.action_space
         self.observation_space = batch_space(env.observation_space, num_envs)
         self.action_space = batch_space(env.action_space, num_envs)
-        self.task: Any = env.unwrapped
-        self.dt = self.task.dt
+        task: Any = env.unwrapped
+        self.task = task
+        self.dt = task.dt
         self.max_episode_steps = max_episode_steps
-        self.batch = Batch(self.task.model, num_envs, nthread=1)
+        self.batch = Batch(task.model, num_envs, nthread=1)
         self.qpos, self.qvel, self.ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self._no_stage = mujoco.mjtStage.mjSTAGE_NONE.value
         self._generators: list[np.random.Generator | None] = [None] * num_envs

@@ -51,7 +51,9 @@ class Moments:
         total_N1 = np.maximum(self.count + count_N, 1)[:, None]
         delta_NI = (mean_NI - self.mean) * (count_N > 0)[:, None]
         self.mean[:] += delta_NI * (count_N[:, None] / total_N1)
-        self.m2[:] += np.square(distance_TNI).sum(0) + np.square(delta_NI) * ((self.count * count_N)[:, None] / total_N1)
+        self.m2[:] += np.square(distance_TNI).sum(0) + np.square(delta_NI) * (
+            (self.count * count_N)[:, None] / total_N1
+        )
         self.count[:] += count_N
 
     def total(self) -> tuple[float, np.ndarray, np.ndarray]:

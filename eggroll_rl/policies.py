@@ -3,6 +3,8 @@
 ``predict(raw_obs)`` works everywhere; no statistics have to be carried beside the model.
 """
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.normalization import ObsNormalizer
 
+ACTIVATIONS = {name.lower(): getattr(nn, name) for name in ("Tanh", "ReLU", "ELU", "GELU", "SiLU", "LeakyReLU")}
 OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
@@ -33,6 +36,15 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         raise ConfigError(f"action space {action_space} is not supported; supported are Box and Discrete")
 
 
+def find_activation(activation_fn: str | type[nn.Module]) -> type[nn.Module]:
+    """Look up an activation by name, in any case; a class passes through."""
+    if isinstance(activation_fn, str):
+        if activation_fn.lower() not in ACTIVATIONS:
+            raise ConfigError(f"activation_fn must be one of {', '.join(ACTIVATIONS)}, got {activation_fn!r}")
+        return ACTIVATIONS[activation_fn.lower()]
+    return activation_fn
+
+
 class MlpPolicy(BasePolicy):
     """Deterministic MLP from normalized observations to actions.
 
@@ -42,7 +54,7 @@ class MlpPolicy(BasePolicy):
     :param observation_space: Box of any shape (flattened), Discrete, MultiDiscrete or MultiBinary (one-hot)
     :param action_space: bounded Box or Discrete
     :param net_arch: sizes of the hidden layers
-    :param activation_fn: activation between layers
+    :param activation_fn: activation between layers, a class or a name in ``ACTIVATIONS``
     :param normalize_obs: normalize Box observations by running moments
     :param squash_output: tanh instead of clipping
     :param with_bias: give the layers biases
@@ -58,7 +70,7 @@ class MlpPolicy(BasePolicy):
         observation_space: spaces.Space,
         action_space: spaces.Space,
         net_arch: list[int] | None = None,
-        activation_fn: type[nn.Module] = nn.Tanh,
+        activation_fn: str | type[nn.Module] = nn.Tanh,
         normalize_obs: bool = True,
         squash_output: bool = False,
         with_bias: bool = True,
@@ -66,26 +78,34 @@ class MlpPolicy(BasePolicy):
     ):
         check_spaces(observation_space, action_space)
         super().__init__(
-            observation_space, action_space, squash_output=squash_output and isinstance(action_space, spaces.Box)
+            observation_space,
+            action_space,
+            squash_output=squash_output and isinstance(action_space, spaces.Box),
         )
         self.net_arch = [64, 64] if net_arch is None else list(net_arch)
-        self.activation_fn = activation_fn
+        if any(not isinstance(width, int) or width < 1 for width in self.net_arch):
+            raise ConfigError(f"net_arch must be a list of layer widths, at least 1, got {net_arch!r}")
+        self.activation_fn = find_activation(activation_fn)
         self.with_bias = with_bias
         self.zero_last_layer = zero_last_layer
         self.normalize_obs = normalize_obs
         self.n_inputs = get_flattened_obs_dim(observation_space)
         is_box = isinstance(observation_space, spaces.Box)
         self.normalizer = ObsNormalizer(self.n_inputs) if normalize_obs and is_box else None
-        n_outputs = int(action_space.n) if isinstance(action_space, spaces.Discrete) else int(np.prod(action_space.shape))
+        n_outputs = (
+            int(action_space.n) if isinstance(action_space, spaces.Discrete) else math.prod(action_space.shape or ())
+        )
         self.network = self._make_network([self.n_inputs, *self.net_arch, n_outputs])
         if isinstance(action_space, spaces.Box):
-            low, high = (torch.as_tensor(b, dtype=torch.float32).flatten() for b in (action_space.low, action_space.high))
+            low, high = (
+                torch.as_tensor(b, dtype=torch.float32).flatten() for b in (action_space.low, action_space.high)
+            )
             self.register_buffer("_action_middle", (low + high) / 2, persistent=False)
             self.register_buffer("_action_half_range", (high - low) / 2, persistent=False)
 
     def _make_network(self, sizes: list[int]) -> nn.Sequential:
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+        for n_in, n_out in pairwise(sizes):
             linear = nn.Linear(n_in, n_out, bias=self.with_bias)
             nn.init.orthogonal_(linear.weight)
             if self.with_bias:

@@ -103,7 +103,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
             while active_N.any():
                 if reset_N.any():
                     row_seeds = [int(seeds_NE[i, episode_N[i]]) if reset_N[i] else None for i in range(size)]
-                    obs, _ = envs.reset(seed=row_seeds, options={"reset_mask": reset_N})
+                    obs, _ = envs.reset(seed=row_seeds, options={"reset_mask": reset_N})  # type: ignore[arg-type]
                     _check_finite(obs, active_N, "observation", episode_error)
                 encoded = policy.encode(torch.from_numpy(obs))
                 seen_TNI[t], active_TN[t] = encoded.numpy(), active_N
@@ -148,7 +148,7 @@ def _check_finite(
 @contextmanager
 def seeded_globals(noise: Noise, first: int) -> Iterator[None]:
     """Seed the global generators for one slice and put them back: an env may draw from them."""
-    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = np.random.SeedSequence(noise.seed, spawn_key=(_GLOBALS_STREAM, noise.generation, first)).generate_state(1)[0]
     random.seed(int(seed))
     np.random.seed(seed)

@@ -23,7 +23,7 @@ import torch
 from eggroll_rl.envs import EnvFactory, mujoco_warnings_silenced
 from eggroll_rl.errors import ConfigError, EggrollError, EpisodeError, WorkerDiedError
 from eggroll_rl.es import one_thread
-from eggroll_rl.lowrank import slices
+from eggroll_rl.lowrank import Noise, slices
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Generation, RolloutResult, rollout
 
@@ -47,15 +47,20 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_evaluator(n_workers: int | None, policy: MlpPolicy, factory: EnvFactory, generation: Generation) -> Evaluator:
-    """Return an evaluator with ``n_workers`` processes (0: none; None: one per core), at most one per slice."""
-    n_slices = len(list(slices(generation.noise)))
+def count_workers(n_workers: int | None, noise: Noise) -> int:
+    """Return how many processes a run uses: all cores for None, and at most one per slice."""
     if n_workers is None:
         # pass_fds is POSIX; elsewhere the run is the same, in-process.
         n_workers = available_cores() if os.name == "posix" else 0
+    return min(n_workers, len(list(slices(noise))))
+
+
+def make_evaluator(n_workers: int | None, policy: MlpPolicy, factory: EnvFactory, generation: Generation) -> Evaluator:
+    """Return an evaluator with ``n_workers`` processes (0: none; None: one per core), at most one per slice."""
+    n_workers = count_workers(n_workers, generation.noise)
     if n_workers == 0:
         return InProcessEvaluator(policy, factory, generation.noise.slice_size)
-    return ProcessEvaluator(min(n_workers, n_slices), policy, factory, generation.noise.slice_size)
+    return ProcessEvaluator(n_workers, policy, factory, generation.noise.slice_size)
 
 
 class InProcessEvaluator:
@@ -144,8 +149,8 @@ class ProcessEvaluator:
                 self._send(connection, waiting.popleft())
                 busy.add(connection)
         while busy:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
+            ready = wait(list(busy))
+            for connection in [c for c in self._connections if c in ready]:
                 result = self._receive(connection)
                 results[result.first] = result
                 if waiting:

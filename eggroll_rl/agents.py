@@ -1,0 +1,223 @@
+"""Run folders, in ``agents/`` by default: what a training run leaves behind.
+
+    config.toml             the resolved settings, written before training starts; a preset like any other
+    policy.safetensors      final mean policy with its normalizer; loads without the rest
+    best.safetensors        the policy with the best evaluation
+    training.safetensors    everything that a resume needs
+    progress.csv            one row per generation
+    evaluations.npz         SB3's keys: timesteps, results, ep_lengths
+    results.json            what came out, with seeds, versions and wall-clock
+
+Tensors and JSON: reading them executes nothing and imports nothing. Every file is written whole or not at all.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from gymnasium import spaces
+from safetensors import SafetensorError
+from torch import Tensor
+
+from eggroll_rl.errors import EggrollError, RunFolderError
+from eggroll_rl.policies import LinearPolicy, MlpPolicy
+
+POLICIES: dict[str, type[MlpPolicy]] = {"MlpPolicy": MlpPolicy, "LinearPolicy": LinearPolicy}
+_FORMAT = "eggroll-rl"
+_VERSION = 1
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and onto the disk before it takes the old one's place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunFolderError(f"cannot write {path}: {error.strerror}") from error
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def save_tensors(path: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write tensors and a JSON description as one safetensors file."""
+    metadata = {
+        "format": _FORMAT,
+        "version": str(_VERSION),
+        "kind": kind,
+        "about": json.dumps(about, allow_nan=False),
+    }
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, safetensors.torch.save(contiguous, metadata))
+
+
+def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_tensors` wrote.
+
+    :raises RunFolderError: the file is missing, damaged, or something else
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT or metadata.get("kind") != kind:
+                raise RunFolderError(f"{path} is a safetensors file, but not a {kind} of eggroll-rl")
+            if metadata.get("version") != str(_VERSION):
+                raise RunFolderError(
+                    f"{path} has format version {metadata.get('version')}; this eggroll-rl reads version {_VERSION}"
+                )
+            about = json.loads(metadata["about"])
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise RunFolderError(f"{path} does not exist") from None
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RunFolderError(f"{path} is damaged or not a safetensors file ({_one_line(error)})") from error
+
+
+def save_policy(path: Path, policy: MlpPolicy, about: dict[str, Any]) -> None:
+    """Write a policy so that it can be built again without an env and without running code."""
+    kwargs = policy._get_constructor_parameters()
+    spaces_ = {name: space_to_json(kwargs.pop(name)) for name in ("observation_space", "action_space")}
+    kwargs["activation_fn"] = kwargs["activation_fn"].__name__
+    description = {"policy": type(policy).__name__, "policy_kwargs": kwargs, **spaces_, **about}
+    save_tensors(path, "policy", policy.state_dict(), description)
+
+
+def load_policy(path: Path) -> MlpPolicy:
+    """Read a policy.
+
+    :raises RunFolderError: the file is missing, damaged, or not a policy of ours
+    """
+    tensors, about = load_tensors(path, "policy")
+    try:
+        policy_class = POLICIES[about["policy"]]
+        observation_space, action_space = (space_from_json(about[n]) for n in ("observation_space", "action_space"))
+        # The weights drawn here are overwritten: the global generator is none the wiser.
+        with torch.random.fork_rng(devices=[]):
+            policy = policy_class(observation_space, action_space, **about["policy_kwargs"])
+        policy.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, EggrollError) as error:
+        raise RunFolderError(f"{path} does not hold a policy that can be built ({_one_line(error)})") from error
+    policy.set_training_mode(False)
+    return policy
+
+
+def space_to_json(space: spaces.Space) -> dict[str, Any]:
+    """Describe a space that policies support."""
+    if isinstance(space, spaces.Box):
+        bounds = {name: _bound_to_json(getattr(space, name)) for name in ("low", "high")}
+        return {"type": "Box", "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
+    if isinstance(space, spaces.Discrete):
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        return {"type": "MultiDiscrete", "nvec": space.nvec.tolist()}
+    if isinstance(space, spaces.MultiBinary):
+        return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.n)}
+    raise TypeError(f"cannot describe {space}")
+
+
+def space_from_json(about: dict[str, Any]) -> spaces.Space:
+    """Build a space from :func:`space_to_json`."""
+    kind = about["type"]
+    if kind == "Box":
+        dtype, shape = np.dtype(about["dtype"]), tuple(about["shape"])
+        low, high = (
+            np.broadcast_to(np.array(about[n], dtype=np.float64), shape).astype(dtype) for n in ("low", "high")
+        )
+        return spaces.Box(low, high, shape, dtype.type)
+    if kind == "Discrete":
+        return spaces.Discrete(about["n"], start=about["start"])
+    if kind == "MultiDiscrete":
+        return spaces.MultiDiscrete(about["nvec"])
+    if kind == "MultiBinary":
+        return spaces.MultiBinary(about["n"])
+    raise ValueError(f"unknown space {kind!r}")
+
+
+def _bound_to_json(bound: np.ndarray) -> Any:
+    # One number where all are equal; infinity as text, for JSON has none.
+    values = [x if math.isfinite(x) else str(x) for x in bound.astype(np.float64).ravel().tolist()]
+    if len(set(values)) == 1:
+        return values[0]
+    return np.array(values, dtype=object).reshape(bound.shape).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Curves and results
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows with the same keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["generation"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read rows, or none if there is no file; a last line cut off in the middle is left out."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        return [row for row in reader if None not in row and None not in row.values()]
+
+
+def write_evaluations(path: Path, evaluations: list[dict[str, Any]]) -> None:
+    """Write SB3's ``evaluations.npz``, with the training seconds beside it."""
+    content = io.BytesIO()
+    np.savez(
+        content,
+        timesteps=np.array([e["timesteps"] for e in evaluations]),
+        results=np.array([e["returns"] for e in evaluations]),
+        ep_lengths=np.array([e["lengths"] for e in evaluations]),
+        seconds=np.array([e["seconds"] for e in evaluations]),
+    )
+    write_atomic(path, content.getvalue())
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """Read :func:`write_evaluations` back, or nothing if there is no file."""
+    if not path.exists():
+        return []
+    with np.load(path, allow_pickle=False) as file:
+        columns = [file[name].tolist() for name in ("timesteps", "results", "ep_lengths", "seconds")]
+    return [
+        dict(zip(("timesteps", "returns", "lengths", "seconds"), row, strict=True))
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write readable JSON."""
+    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def list_runs(root: Path = Path("agents")) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the finished runs below ``root`` with their results."""
+    runs = []
+    for path in sorted(root.glob("*/*/results.json")):
+        try:
+            runs.append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError):
+            continue  # not ours to judge in a listing
+    return runs
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,260 @@
+"""``eggroll-rl``: train, evaluate, record and watch agents; list what there is; measure throughput."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import eggroll_rl
+from eggroll_rl.errors import ConfigError, ConsentError, EggrollError, RenderError, RunFolderError
+
+_OVERRIDES = {  # flags of `train` that are EGGROLL's own settings
+    "population_size", "sigma", "rank", "learning_rate", "n_eval_episodes", "fitness_shaping", "slice_size", "policy",
+}  # fmt: skip
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(eggroll_rl.__version__, prog_name="eggroll-rl")
+def cli() -> None:
+    """Train Gymnasium agents with low-rank evolution strategies (EGGROLL)."""
+
+
+_gym_packages = click.option(
+    "--gym-packages", multiple=True, metavar="MODULE", help="Import MODULE first, for the envs it registers."
+)
+_model_options = (
+    click.option("--best", is_flag=True, help="The best policy instead of the final one (run folders)."),
+    click.option("--env", "env_id", metavar="ID", help="Env of an SB3 model."),
+    click.option("--algo", metavar="NAME", help="Algorithm of an SB3 model: ppo, sac, ..."),
+    click.option("--trust-pickle", is_flag=True, help="Agree to unpickle an SB3 model, which can run code."),
+    click.option("--vec-normalize", type=click.Path(path_type=Path), help="VecNormalize file of an SB3 model."),
+    _gym_packages,
+)
+
+
+def _takes_a_model(command: Any) -> Any:
+    for option in reversed(_model_options):
+        command = option(command)
+    return click.argument("model", type=click.Path(path_type=Path))(command)
+
+
+def _load(model: Path, best: bool, **options: Any) -> Any:
+    from eggroll_rl.evaluation import load_agent
+
+    return load_agent(model, "best" if best else "policy", **options)
+
+
+@cli.command()
+@click.argument("env")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the whole run.")
+@click.option("--total-timesteps", "-n", type=int, help="Env steps of all members together.")
+@click.option("--n-workers", type=int, help="Worker processes; 0: none. The result is the same. [default: all cores]")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="Run folder. [default: agents/ENV/eggroll-seedSEED]",
+)
+@click.option("--population-size", type=int, help="Members per generation, even.")
+@click.option("--sigma", help="Noise scale; lin_X falls from X to 0.")
+@click.option("--rank", type=int, help="Rank of a weight's perturbation.")
+@click.option("--learning-rate", help="Step size; lin_X falls from X to 0.")
+@click.option("--n-eval-episodes", type=int, help="Training episodes per member.")
+@click.option("--fitness-shaping", help="centered_rank, standardize, none or best_fraction.")
+@click.option("--slice-size", type=int, help="Members evaluated together; part of the result.")
+@click.option("--policy", help="MlpPolicy or LinearPolicy.")
+@click.option("--eval-freq", type=int, help="Env steps between evaluations; 0: only at the end. [default: a tenth]")
+@click.option("--eval-episodes", type=int, help="Episodes per evaluation. [default: 10]")
+@click.option("--checkpoint-every", type=int, help="Generations between checkpoints. [default: 10]")
+@click.option("--resume", is_flag=True, help="Continue the run in the output folder.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
+@_gym_packages
+@click.pass_context
+def train(context: click.Context, env: str, output: Path | None, resume: bool, overwrite: bool, **flags: Any) -> None:
+    """Train on ENV: a Gymnasium id, module:id, or a preset file.
+
+    Settings come from the flags, then from the preset (`eggroll-rl list`), then from the defaults.
+    """
+    from eggroll_rl.config import RunConfig
+    from eggroll_rl.envs import load_preset
+    from eggroll_rl.training import Interrupted, load_run_config
+    from eggroll_rl.training import train as run
+
+    packages = flags.pop("gym_packages")
+    given = {name: value for name, value in flags.items() if value is not None and _was_given(context, name)}
+    if resume:
+        if output is None:
+            output = default_folder(env, flags["seed"])
+        config = _resumed(load_run_config(output), env, given)
+    else:
+        table = load_preset(env)
+        table["eggroll"] = {**table.get("eggroll", {}), **{n: v for n, v in given.items() if n in _OVERRIDES}}
+        config = RunConfig.from_dict({**table, **{n: v for n, v in given.items() if n not in _OVERRIDES}}, env)
+        if output is None:
+            output = default_folder(config.env_id, config.seed)
+    module = config.env_id.rpartition(":")[0]
+    if module and config.env_id == env:  # named on the command line
+        packages = (*packages, module)
+    try:
+        results = run(config, output, resume, overwrite, packages, progress_bar=sys.stderr.isatty())
+    except Interrupted as stop:
+        click.echo(f"stopped and saved; continue with: eggroll-rl train {env} --output {output} --resume", err=True)
+        sys.exit(128 + stop.signum)
+    final, best = results["evaluation"], results["best"]
+    click.echo(
+        f"{results['env_id']}, seed {results['seed']}: {results['timesteps']:,} steps in "
+        f"{results['wall_seconds']:.1f} s ({results['env_steps_per_second'] or 0:,.0f} steps/s)\n"
+        f"final policy  {final['mean_return']:9.2f} ± {final['std_return']:.2f} over {len(final['returns'])} episodes\n"
+        f"best policy   {best['mean_return']:9.2f} ± {best['std_return']:.2f} (chosen at {best['timesteps']:,} steps)\n"
+        f"saved in {output}"
+    )
+
+
+def default_folder(env_id: str, seed: int) -> Path:
+    """Return ``agents/<ENV>/eggroll-seed<S>``."""
+    name = Path(env_id).stem if env_id.endswith(".toml") else env_id
+    return Path("agents") / name.replace("/", "-").replace(":", "-") / f"eggroll-seed{seed}"
+
+
+def _was_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _resumed(config: Any, env: str, given: dict[str, Any]) -> Any:
+    """Apply the flags that may change in a resumed run, and refuse the others."""
+    free = {"n_workers", "eval_freq", "eval_episodes", "checkpoint_every"}
+    stored = {**vars(config), **config.eggroll}
+    for name, value in given.items():
+        if name in free:
+            setattr(config, name, value)
+        elif stored.get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {value} differs from the run's {name} ({stored.get(name)}); drop it to resume")
+    if env not in {config.env_id, config.env_id.rpartition(":")[2]} and not env.endswith(".toml"):
+        raise ConfigError(f"the run to resume is on {config.env_id}, not on {env}")
+    return config
+
+
+@cli.command()
+@_takes_a_model
+@click.option("--n-eval-episodes", type=click.IntRange(min=1), default=20, show_default=True, help="Episodes.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Reset seeds SEED, SEED + 1, ..."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(model: Path, n_eval_episodes: int, seed: int, as_json: bool, **options: Any) -> None:
+    """Evaluate MODEL, a run folder or an SB3 .zip, with its deterministic policy."""
+    from eggroll_rl.evaluation import evaluate as run
+
+    agent = _load(model, **options)
+    result = run(agent.predict, agent.factory, range(seed, seed + n_eval_episodes))
+    if as_json:
+        click.echo(json.dumps(result.as_dict(), allow_nan=False))
+    else:
+        click.echo(
+            f"{agent.name}: {result.mean:.2f} ± {result.std:.2f} over {n_eval_episodes} episodes "
+            f"of {sum(result.lengths) / n_eval_episodes:.0f} steps"
+        )
+
+
+@cli.command()
+@_takes_a_model
+@click.option("--output", "-o", type=click.Path(path_type=Path), help=".mp4 or .gif. [default: videos/ENV-MODEL.mp4]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Reset seed of the episode.")
+def record(model: Path, output: Path | None, seed: int, **options: Any) -> None:
+    """Record one episode of MODEL, a run folder or an SB3 .zip, as a video."""
+    from eggroll_rl.videos import record as run
+
+    agent = _load(model, **options)
+    if output is None:
+        output = Path("videos") / f"{model.resolve().parent.name}-{agent.name}.mp4"
+    video = run(agent, output, seed, progress_bar=sys.stderr.isatty())
+    click.echo(
+        f"{video.path}: {video.frames} frames, {video.seconds:.1f} s at {video.fps:g} frames/s, "
+        f"return {video.episode_return:.2f}"
+    )
+
+
+@cli.command()
+@_takes_a_model
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Reset seed of the first episode.",
+)
+@click.option("--episodes", type=click.IntRange(min=1), help="Stop after so many. [default: Ctrl-C]")
+def enjoy(model: Path, seed: int, episodes: int | None, **options: Any) -> None:
+    """Watch MODEL in a window."""
+    from eggroll_rl.videos import show
+
+    for episode_return in show(_load(model, **options), seed, episodes):
+        click.echo(f"return {episode_return:.2f}")
+
+
+@cli.command("list")
+def list_() -> None:
+    """List the presets and the trained agents."""
+    from eggroll_rl.agents import list_runs
+    from eggroll_rl.envs import list_presets, read_toml
+
+    click.echo("presets")
+    for name, path in list_presets().items():
+        click.echo(f"  {name:<28} {read_toml(path).get('total_timesteps', 0):>12,} steps   {path}")
+    click.echo("agents")
+    for folder, results in list_runs():
+        evaluation = results.get("evaluation", {})
+        click.echo(f"  {folder!s:<44} {evaluation.get('mean_return', float('nan')):>10.2f}")
+
+
+@cli.group()
+def bench() -> None:
+    """Measure speed on this machine."""
+
+
+@bench.command()
+@click.argument("env_id", default="HalfCheetah-v5")
+@click.option(
+    "--n-workers",
+    type=click.IntRange(min=1),
+    help="Processes, and threads of the C limit. [default: all cores]",
+)
+@click.option("--repetitions", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved pairs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def throughput(env_id: str, n_workers: int | None, repetitions: int, as_json: bool) -> None:
+    """Compare training's env steps per second with the raw MuJoCo C limit, in one run."""
+    from eggroll_rl.bench import throughput as run
+
+    result = run(env_id, n_workers, repetitions)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(f"{env_id}, {result['n_workers']} cores, env steps per second (frame skip included once)")
+    for ours, limit in zip(result["training"], result["c_limit"], strict=True):
+        click.echo(f"  training {ours:10,.0f}   C limit {limit:10,.0f}   ratio {ours / limit:.3f}")
+    click.echo(f"  median ratio {result['median_ratio']:.3f}")
+
+
+def main() -> None:
+    """Run the command line: one line on stderr and status 2 for a user's mistake, 1 for a failed run."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (ConfigError, ConsentError, RunFolderError, RenderError) as error:
+        _fail(str(error), 2)
+    except EggrollError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(status)

@@ -1,0 +1,129 @@
+"""Settings of a training run: a preset in ``envs/``, the flags over it, and ``config.toml`` in the run folder."""
+
+import difflib
+import importlib
+import inspect
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import tomli_w
+
+from eggroll_rl.eggroll import EGGROLL
+from eggroll_rl.envs import EnvFactory, env_factory, resolve_wrappers
+from eggroll_rl.errors import ConfigError
+
+# Constructor arguments that the run itself decides.
+_RESERVED = {
+    "self",
+    "env",
+    "env_kwargs",
+    "seed",
+    "n_workers",
+    "tensorboard_log",
+    "stats_window_size",
+    "verbose",
+}
+EGGROLL_SETTINGS = tuple(
+    name
+    for name in inspect.signature(EGGROLL.__init__).parameters
+    if name not in _RESERVED and not name.startswith("_")
+)
+BASELINES = (
+    "ppo",
+    "sac",
+    "td3",
+    "a2c",
+    "ars",
+    "tqc",
+    "trpo",
+)  # tables that presets may hold for other algorithms
+
+
+@dataclass
+class RunConfig:
+    """One training run.
+
+    :param env_id: Gymnasium id
+    :param env_kwargs: for the env's constructor
+    :param wrappers: tables with ``name = "module.Class"`` and keyword arguments, from the innermost outwards
+    :param max_episode_steps: time limit of the task, in place of the registered one
+    :param total_timesteps: env steps of all members together
+    :param seed: of the whole run
+    :param n_workers: worker processes; None takes all cores. Does not change the result
+    :param eval_freq: env steps between evaluations; None: ten in the run; 0: at the end only
+    :param eval_episodes: episodes per evaluation
+    :param checkpoint_every: generations between checkpoints
+    :param eggroll: arguments of :class:`eggroll_rl.eggroll.EGGROLL`
+    """
+
+    env_id: str
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    wrappers: list[dict[str, Any]] = field(default_factory=list)
+    max_episode_steps: int | None = None
+    total_timesteps: int = 1_000_000
+    seed: int = 0
+    n_workers: int | None = None
+    eval_freq: int | None = None
+    eval_episodes: int = 10
+    checkpoint_every: int = 10
+    eggroll: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("total_timesteps", 1), ("seed", 0), ("eval_episodes", 1), ("checkpoint_every", 1),
+            ("n_workers", 0), ("eval_freq", 0), ("max_episode_steps", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            optional = value is None and name in {"n_workers", "eval_freq", "max_episode_steps"}
+            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
+        _check_names(self.eggroll, EGGROLL_SETTINGS, "[eggroll]")
+
+    @classmethod
+    def from_dict(cls, table: dict[str, Any], source: str) -> "RunConfig":
+        """Read a parsed TOML file.
+
+        :raises ConfigError: a key is unknown (with the nearest name) or a value is wrong
+        """
+        table = {name: value for name, value in table.items() if name not in BASELINES}
+        _check_names(table, [f.name for f in fields(cls)], source)
+        if not isinstance(table.get("env_id"), str):
+            raise ConfigError(f"{source}: env_id must be the id of a Gymnasium env, got {table.get('env_id')!r}")
+        return cls(**table)
+
+    def to_toml(self) -> str:
+        """Return the file that :meth:`from_dict` reads; settings left open are left out."""
+        table = {f.name: getattr(self, f.name) for f in fields(self)}
+        return tomli_w.dumps({name: value for name, value in table.items() if value not in (None, {}, [])})
+
+    def factory(self, gym_packages: tuple[str, ...] = ()) -> EnvFactory:
+        """Return the env's factory, importing only packages that the caller names.
+
+        :raises ConfigError: the env is unknown, or comes from a package that was not named
+        """
+        for package in gym_packages:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise ConfigError(f"--gym-packages {package}: {error}") from error
+        module, _, env_id = self.env_id.rpartition(":")
+        if module and module not in gym_packages:
+            raise ConfigError(f"{self.env_id!r} needs code from {module!r}: allow it with --gym-packages {module}")
+        wrappers = resolve_wrappers(self.wrappers, gym_packages)
+        return env_factory(env_id, self.env_kwargs, self.max_episode_steps, wrappers)
+
+    def model(self, factory: EnvFactory) -> EGGROLL:
+        """Return the untrained model."""
+        policy = self.eggroll.get("policy", "MlpPolicy")
+        settings = {name: value for name, value in self.eggroll.items() if name != "policy"}
+        return EGGROLL(policy, factory, seed=self.seed, n_workers=self.n_workers, **settings)
+
+
+def _check_names(table: Any, known: Any, where: str) -> None:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where} must be a table of settings, got {table!r}")
+    for name in table:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown setting {name!r}{hint}")

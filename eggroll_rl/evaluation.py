@@ -1,0 +1,178 @@
+"""Evaluate and load trained agents: our run folders, and what SB3's ``save`` wrote."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eggroll_rl.agents import load_policy
+from eggroll_rl.config import RunConfig
+from eggroll_rl.envs import EnvFactory, env_factory, mujoco_warnings_silenced, read_toml
+from eggroll_rl.errors import ConfigError, ConsentError, EpisodeError, RunFolderError
+from eggroll_rl.es import one_thread
+from eggroll_rl.serial_vector import SubEnvError
+
+Predict = Callable[[np.ndarray], np.ndarray]
+_BATCH = 32  # sub-envs at once
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A policy and its task.
+
+    :param predict: observations (n, ...) to actions (n, ...), deterministic
+    :param factory: builds the env it was trained on
+    """
+
+    name: str
+    predict: Predict
+    factory: EnvFactory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Returns and lengths of episodes, one per seed."""
+
+    returns: list[float]
+    lengths: list[int]
+    seeds: list[int]
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the returns over episodes (divisor n)."""
+        return float(np.std(self.returns))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what ``evaluate --json`` prints."""
+        return {
+            "mean_return": self.mean,
+            "std_return": self.std,
+            "returns": self.returns,
+            "lengths": self.lengths,
+            "seeds": self.seeds,
+        }
+
+
+def evaluate(predict: Predict, factory: EnvFactory, seeds: Sequence[int]) -> Evaluation:
+    """Run one episode per reset seed with the env's own reward.
+
+    :raises EpisodeError: an env raised
+    """
+    returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=np.int64)
+    envs = factory.vector(min(_BATCH, len(seeds)))
+    try:
+        with one_thread(), mujoco_warnings_silenced():
+            for first in range(0, len(seeds), envs.num_envs):
+                part = list(seeds[first : first + envs.num_envs])
+                _episodes(predict, envs, part, returns[first:], lengths[first:])
+    except SubEnvError as error:
+        raise EpisodeError(f"evaluation, episode {first + error.index}: {error}\n{error.text}") from None
+    finally:
+        envs.close()
+    return Evaluation(returns.tolist(), lengths.tolist(), [int(seed) for seed in seeds])
+
+
+def _episodes(predict: Predict, envs: Any, seeds: list[int], returns: np.ndarray, lengths: np.ndarray) -> None:
+    idle = envs.num_envs - len(seeds)
+    active = np.arange(envs.num_envs) < len(seeds)
+    obs, _ = envs.reset(seed=seeds + [None] * idle, options={"reset_mask": active})
+    while active.any():
+        obs, rewards, terminations, truncations, _ = envs.step(predict(obs))
+        returns[: len(seeds)] += rewards[: len(seeds)]
+        lengths[: len(seeds)] += active[: len(seeds)]
+        active &= ~(terminations | truncations)
+
+
+def load_agent(
+    path: Path,
+    which: str = "policy",
+    env_id: str | None = None,
+    algo: str | None = None,
+    trust_pickle: bool = False,
+    vec_normalize: Path | None = None,
+    gym_packages: tuple[str, ...] = (),
+) -> Agent:
+    """Load a run folder, which executes nothing, or a model saved by SB3, which may execute anything.
+
+    :param which: ``"policy"`` (final) or ``"best"``, for a run folder
+    :param env_id: the env of an SB3 model; another env for a run folder
+    :param algo: the algorithm of an SB3 model
+    :param trust_pickle: the caller's consent to unpickle an SB3 model
+    :param vec_normalize: the model's ``VecNormalize`` file; by default ``vecnormalize.pkl`` beside it
+    :raises RunFolderError: nothing that could be loaded is there
+    :raises ConsentError: an SB3 model without consent
+    """
+    if path.suffix == ".zip":
+        return _load_sb3(path, env_id, algo, trust_pickle, vec_normalize, gym_packages)
+    if not path.is_dir():
+        raise RunFolderError(f"{path} is not there: give a run folder (`eggroll-rl list` shows them) or an SB3 .zip")
+    if not (path / "config.toml").exists():
+        raise RunFolderError(f"{path} is not a run folder of eggroll-rl: it has no config.toml")
+    config = RunConfig.from_dict(read_toml(path / "config.toml"), str(path / "config.toml"))
+    if env_id is not None:
+        config.env_id = env_id
+    policy = load_policy(path / f"{which}.safetensors")
+    return Agent(f"{path.name}", lambda obs: policy.predict(obs)[0], config.factory(gym_packages))
+
+
+def _load_sb3(
+    path: Path,
+    env_id: str | None,
+    algo: str | None,
+    trust_pickle: bool,
+    vec_normalize: Path | None,
+    packages: tuple[str, ...],
+) -> Agent:
+    if not path.exists():
+        raise RunFolderError(f"{path} does not exist")
+    if env_id is None or algo is None:
+        raise ConfigError(f"{path} is an SB3 model, which does not name its env or algorithm: give --env and --algo")
+    algorithm = find_algorithm(algo)
+    if not trust_pickle:
+        raise ConsentError(
+            f"{path} is an SB3 model: loading it unpickles it, which can run any code its author put in; "
+            "if you trust it, add --trust-pickle"
+        )
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+    factory = env_factory(env_id) if ":" in env_id else RunConfig(env_id).factory(packages)
+    try:
+        model = algorithm.load(path, device="cpu")
+        if vec_normalize is None:
+            # Where SB3's own callback and RL Zoo put it.
+            beside = (path.with_name("vecnormalize.pkl"), path.with_suffix("") / "vecnormalize.pkl")
+            vec_normalize = next((candidate for candidate in beside if candidate.exists()), None)
+        if vec_normalize is None:
+            return Agent(path.stem, lambda obs: model.predict(obs, deterministic=True)[0], factory)
+        statistics = VecNormalize.load(str(vec_normalize), DummyVecEnv([factory]))
+    except Exception as error:  # anything can come out of a pickle
+        raise RunFolderError(f"cannot load {path} as {algo}: {type(error).__name__}: {error}") from error
+    return Agent(path.stem, lambda obs: model.predict(statistics.normalize_obs(obs), deterministic=True)[0], factory)
+
+
+def find_algorithm(name: str) -> Any:
+    """Look up an SB3 or sb3-contrib algorithm by name, in any case."""
+    import stable_baselines3
+
+    from eggroll_rl.eggroll import EGGROLL
+
+    known: dict[str, Any] = {"eggroll": EGGROLL}
+    for algorithm in ("A2C", "DDPG", "DQN", "PPO", "SAC", "TD3"):
+        known[algorithm.lower()] = getattr(stable_baselines3, algorithm)
+    try:
+        import sb3_contrib
+    except ImportError:
+        pass
+    else:
+        for algorithm in ("ARS", "CrossQ", "QRDQN", "TQC", "TRPO"):
+            known[algorithm.lower()] = getattr(sb3_contrib, algorithm)
+    if name.lower() not in known:
+        raise ConfigError(f"algo must be one of {', '.join(known)}, got {name!r}")
+    return known[name.lower()]

@@ -1,0 +1,365 @@
+"""One training run from configuration to run folder: evaluation, checkpoints, signals, resume."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from eggroll_rl import agents
+from eggroll_rl.config import RunConfig
+from eggroll_rl.eggroll import EGGROLL, GenerationCallback
+from eggroll_rl.envs import EnvFactory, read_toml
+from eggroll_rl.errors import ConfigError, RunFolderError
+from eggroll_rl.evaluation import Evaluation, evaluate
+from eggroll_rl.workers import available_cores, count_workers
+
+# Reset seeds of evaluations: the best policy is chosen on one set and reported on the other. Training draws its
+# seeds from the whole 32-bit range.
+SELECTION_SEED = 1_000_000
+REPORT_SEED = 2_000_000
+REPORT_EPISODES = 20
+
+
+class Interrupted(BaseException):
+    """A signal ended the run at a generation's boundary; everything is saved."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+        super().__init__(signum)
+
+
+def train(
+    config: RunConfig,
+    folder: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    gym_packages: tuple[str, ...] = (),
+    progress_bar: bool = True,
+) -> dict[str, Any]:
+    """Train, and return what ``results.json`` holds.
+
+    :param folder: run folder; refused if it exists, unless ``resume`` or ``overwrite``
+    :raises ConfigError: a setting is wrong; nothing was written
+    :raises RunFolderError: the folder is in the way, or holds nothing to resume
+    :raises Interrupted: by SIGINT or SIGTERM, after saving
+    """
+    _check_folder(folder, resume, overwrite)
+    factory = config.factory(gym_packages)
+    model = config.model(factory)
+    recorder = RunRecorder(config, folder, factory)
+    if resume:
+        recorder.restore(model)
+    else:
+        _make_folder(folder, overwrite)
+        agents.write_atomic(folder / "config.toml", config.to_toml().encode())
+    remaining = config.total_timesteps - model.num_timesteps
+    if remaining > 0:
+        with recorder.signals():
+            try:
+                model.learn(
+                    remaining, callback=recorder, log_interval=None, reset_num_timesteps=not resume,
+                    progress_bar=progress_bar,
+                )  # fmt: skip
+            except BaseException:
+                # Whatever ended it, the last generation's boundary is intact and worth keeping.
+                recorder.checkpoint()
+                raise
+    recorder.checkpoint()
+    return recorder.finish()
+
+
+class RunRecorder(GenerationCallback):
+    """Writes the run folder while :class:`EGGROLL` learns, and turns signals into a clean end."""
+
+    def __init__(self, config: RunConfig, folder: Path, factory: EnvFactory):
+        super().__init__()
+        self.config = config
+        self.folder = folder
+        self.factory = factory
+        self.rows: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.eval_freq = config.total_timesteps // 10 if config.eval_freq is None else config.eval_freq
+        self.seconds_before = 0.0  # of training, before a resume
+        self._started: float | None = None
+        self._ended = 0.0
+        self._evaluating = 0.0
+        # The last generation's boundary: what a checkpoint holds, whenever it is written.
+        self._boundary = {"generation": 0, "timesteps": 0}
+        self._interruptible = False
+        self._pending: int | None = None
+        self._said = 0.0
+
+    # Called by EGGROLL.learn ----------------------------------------------------------------------------
+
+    def _on_rollout_start(self) -> None:
+        if self._started is None:
+            self._started = self._ended = time.perf_counter()
+        # From here to the end of the evaluation nothing changes that a checkpoint holds.
+        self._boundary = {
+            "generation": self._model.evolution_strategy.generation,
+            "timesteps": self.num_steps,
+        }
+        self._interruptible = True
+        self._stop_if_asked()
+
+    def _on_rollout_end(self) -> None:
+        self._interruptible = False
+
+    def on_generation_end(self) -> bool:
+        """Record the generation; evaluate and save when it is time."""
+        self._ended = time.perf_counter()
+        es = self._model.evolution_strategy
+        self._boundary = {"generation": es.generation, "timesteps": self.num_steps}
+        self.rows.append(
+            {
+                "generation": es.generation,
+                "timesteps": self.num_steps,
+                "seconds": round(self.training_seconds, 3),
+                **self._model.last_generation,
+            }
+        )
+        agents.write_csv(self.folder / "progress.csv", self.rows)
+        done = self.num_steps >= self.config.total_timesteps
+        if done or (self.eval_freq and self.num_steps // self.eval_freq > self._evaluated_steps() // self.eval_freq):
+            self.evaluate()
+        if es.generation % self.config.checkpoint_every == 0:
+            self.checkpoint()
+        self._say_progress()
+        self._stop_if_asked()
+        return True
+
+    @property
+    def _model(self) -> EGGROLL:
+        assert isinstance(self.model, EGGROLL)
+        return self.model
+
+    @property
+    def num_steps(self) -> int:
+        """Env steps of all members so far."""
+        return self._model.num_timesteps
+
+    @property
+    def training_seconds(self) -> float:
+        """Wall-clock from the first ask to the last tell, evaluations left out."""
+        running = 0.0 if self._started is None else self._ended - self._started - self._evaluating
+        return self.seconds_before + running
+
+    # Evaluation -----------------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """Evaluate the mean policy on the selection seeds, and keep it if it is the best so far."""
+        started = time.perf_counter()
+        result = self._evaluate(self._model.policy, SELECTION_SEED, self.config.eval_episodes)
+        best = max((sum(e["returns"]) / len(e["returns"]) for e in self.evaluations), default=float("-inf"))
+        self.evaluations.append(
+            {
+                "timesteps": self.num_steps,
+                "returns": result.returns,
+                "lengths": result.lengths,
+                "seconds": round(self.training_seconds, 3),
+            }
+        )
+        agents.write_evaluations(self.folder / "evaluations.npz", self.evaluations)
+        if result.mean > best:
+            agents.save_policy(self.folder / "best.safetensors", self._model.policy, self._about())
+        self._say(
+            f"{self.num_steps:>12,} steps {self.training_seconds:7.1f} s   "
+            f"return {result.mean:9.2f} ± {result.std:.2f}{'   best' if result.mean > best else ''}"
+        )
+        self._evaluating += time.perf_counter() - started
+
+    def _evaluate(self, policy: Any, first_seed: int, n_episodes: int) -> Evaluation:
+        seeds = range(first_seed, first_seed + n_episodes)
+        return evaluate(lambda obs: policy.predict(obs)[0], self.factory, seeds)
+
+    def _evaluated_steps(self) -> int:
+        return self.evaluations[-1]["timesteps"] if self.evaluations else 0
+
+    def finish(self) -> dict[str, Any]:
+        """Save the final policy, evaluate it and the best one on fresh seeds, and write the results."""
+        model = self._model
+        agents.save_policy(self.folder / "policy.safetensors", model.policy, self._about())
+        final = self._evaluate(model.policy, REPORT_SEED, REPORT_EPISODES)
+        best_path = self.folder / "best.safetensors"
+        if not best_path.exists():
+            agents.save_policy(best_path, model.policy, self._about())
+        _, about = agents.load_tensors(best_path, "policy")
+        best = self._evaluate(agents.load_policy(best_path), REPORT_SEED, REPORT_EPISODES)
+        seconds = self.training_seconds
+        results = {
+            "env_id": self.config.env_id,
+            "algorithm": "eggroll",
+            "seed": self.config.seed,
+            "timesteps": self.num_steps,
+            "generations": model.evolution_strategy.generation,
+            "wall_seconds": round(seconds, 3),
+            "env_steps_per_second": round(self.num_steps / seconds, 1) if seconds else None,
+            "n_workers": count_workers(self.config.n_workers, model.evolution_strategy.ask().noise),
+            "vector_env": self.factory.describe_vector(),
+            "evaluation": final.as_dict(),
+            "best": {"timesteps": about["timesteps"], **best.as_dict()},
+            "machine": {
+                "platform": platform.platform(),
+                "processor": _processor(),
+                "cores": available_cores(),
+            },
+            "versions": _versions(),
+        }
+        agents.write_json(self.folder / "results.json", results)
+        return results
+
+    def _about(self) -> dict[str, Any]:
+        return {"env_id": self.config.env_id, "seed": self.config.seed, **self._boundary}
+
+    # Checkpoints ----------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> None:
+        """Write everything that a resume needs, as of the last generation's boundary."""
+        model = self._model
+        tensors = {f"policy.{name}": tensor for name, tensor in model.policy.state_dict().items()}
+        numbers = {}
+        for index, state in model.evolution_strategy.optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{index}.{name}"] = value
+                elif value is not None:
+                    numbers[f"{index}.{name}"] = value
+        about = {**self._about(), "training_seconds": self.training_seconds, "optimizer_numbers": numbers}
+        agents.save_tensors(self.folder / "training.safetensors", "training", tensors, about)
+
+    def restore(self, model: EGGROLL) -> None:
+        """Bring a new model to the state of the last checkpoint, and cut the curves there.
+
+        :raises RunFolderError: the checkpoint is missing, damaged, or of another configuration
+        """
+        path = self.folder / "training.safetensors"
+        tensors, about = agents.load_tensors(path, "training")
+        policy = {n.removeprefix("policy."): t for n, t in tensors.items() if n.startswith("policy.")}
+        state: dict[int, dict[str, Any]] = {}
+        entries = {n.removeprefix("optimizer."): t for n, t in tensors.items() if n.startswith("optimizer.")}
+        for name, value in {**entries, **about["optimizer_numbers"]}.items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        es = model.evolution_strategy
+        optimizer = {**es.optimizer.state_dict(), "state": state}
+        try:
+            model.policy.load_state_dict(policy)
+            es.load_state_dict({"seed": es.seed, "generation": about["generation"], "optimizer": optimizer})
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RunFolderError(f"{path} does not fit {self.folder / 'config.toml'}: {error}") from error
+        model._n_updates, model.num_timesteps = about["generation"], about["timesteps"]
+        self.init_callback(model)
+        self._boundary = {"generation": about["generation"], "timesteps": about["timesteps"]}
+        self.seconds_before = about["training_seconds"]
+        rows = agents.read_csv(self.folder / "progress.csv")
+        self.rows = [row for row in rows if int(row["generation"]) <= about["generation"]]
+        evaluations = agents.read_evaluations(self.folder / "evaluations.npz")
+        self.evaluations = [e for e in evaluations if e["timesteps"] <= about["timesteps"]]
+
+    # Signals --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Turn the first SIGINT or SIGTERM into :class:`Interrupted` at a safe point; the second ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may install handlers
+            return
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            if self._pending is not None:
+                os._exit(128 + signum)
+            self._pending = signum
+            if self._interruptible:
+                self._stop_if_asked()
+
+        before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _stop_if_asked(self) -> None:
+        if self._pending is not None:
+            self._interruptible = False
+            raise Interrupted(self._pending)
+
+    # Output ---------------------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+        self._said = time.perf_counter()
+
+    def _say_progress(self) -> None:
+        # A terminal has the bar.
+        if sys.stderr.isatty() or time.perf_counter() - self._said < 10:
+            return
+        row, rate = self.rows[-1], self.num_steps / max(self.training_seconds, 1e-9)
+        left = max(self.config.total_timesteps - self.num_steps, 0) / rate
+        self._say(
+            f"{self.num_steps:>12,} steps {self.training_seconds:7.1f} s   ep_rew_mean {row['ep_rew_mean']:.2f}   "
+            f"{rate:,.0f} steps/s   about {left:.0f} s left"
+        )
+
+
+def load_run_config(folder: Path) -> RunConfig:
+    """Read the configuration of a run folder."""
+    path = folder / "config.toml"
+    if not path.exists():
+        raise RunFolderError(f"{folder} holds no run to resume: it has no config.toml")
+    return RunConfig.from_dict(read_toml(path), str(path))
+
+
+def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite exclude each other")
+    if resume:
+        if not (folder / "training.safetensors").exists():
+            raise RunFolderError(f"{folder} holds no run to resume: it has no training.safetensors")
+    elif folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file, not a run folder")
+    elif folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise RunFolderError(f"{folder} exists: continue it with --resume, replace it with --overwrite")
+        if not (folder / "config.toml").exists():
+            raise RunFolderError(f"{folder} is not a run folder (no config.toml): --overwrite leaves it alone")
+
+
+def _make_folder(folder: Path, overwrite: bool) -> None:
+    try:
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"cannot write {folder}: {error.strerror}") from error
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("eggroll-rl", "torch", "numpy", "gymnasium", "mujoco", "stable-baselines3")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,164 @@
+"""Recordings, in ``videos/`` by default: one whole episode at the env's own frame rate."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import imageio.v2 as imageio
+import numpy as np
+from tqdm.auto import tqdm
+
+from eggroll_rl.envs import time_limit
+from eggroll_rl.errors import ConfigError, RenderError, RunFolderError
+from eggroll_rl.evaluation import Agent
+
+_PROBE = """
+import mujoco
+model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")
+with mujoco.Renderer(model, 16, 16) as renderer:
+    renderer.update_scene(mujoco.MjData(model))
+    renderer.render()
+"""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was recorded; ``seconds`` is the video's length."""
+
+    path: Path
+    frames: int
+    fps: float
+    episode_return: float
+    seconds: float
+
+
+def record(agent: Agent, output: Path, seed: int = 0, progress_bar: bool = True) -> Recording:
+    """Record the episode that starts from reset seed ``seed``, to its end.
+
+    Rendering reads the simulation and never advances it: the episode is the one that runs unrecorded.
+
+    :param output: ``.mp4`` (H.264, yuv420p, which every browser plays) or ``.gif``
+    :raises ConfigError: another suffix
+    :raises RenderError: nothing can render here; the text says what to install
+    """
+    if output.suffix not in {".mp4", ".gif"}:
+        raise ConfigError(f"output must end in .mp4 or .gif, got {output}")
+    env = _make_renderable(agent)
+    try:
+        total = time_limit(env)
+        fps = float(env.metadata.get("render_fps") or 30)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        episode = _Episode(env, agent, seed)
+        # An unfinished video must not look like a finished one.
+        temporary = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
+        try:
+            with _writer(temporary, fps) as writer:
+                for frame in tqdm(episode, total=total + 1, desc="recording", disable=not progress_bar):
+                    writer.append_data(frame)
+            os.replace(temporary, output)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"cannot write {output}: {error}") from error
+    finally:
+        env.close()
+    return Recording(output, episode.frames, fps, episode.episode_return, episode.frames / fps)
+
+
+def show(agent: Agent, seed: int = 0, episodes: int | None = None) -> Iterator[float]:
+    """Play episodes in a window, yielding each return; without ``episodes`` until the user stops."""
+    env = _build(agent, "human")
+    try:
+        index = 0
+        while episodes is None or index < episodes:
+            episode = _Episode(env, agent, seed + index)
+            for _ in episode:
+                pass
+            yield episode.episode_return
+            index += 1
+    finally:
+        env.close()
+
+
+class _Episode:
+    """Iterate over the frames of one episode."""
+
+    def __init__(self, env: gym.Env, agent: Agent, seed: int):
+        self._env, self._agent, self._seed = env, agent, seed
+        self.frames = 0
+        self.episode_return = 0.0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        obs, _ = self._env.reset(seed=self._seed)
+        yield self._frame()
+        done = False
+        while not done:
+            action = self._agent.predict(np.asarray(obs)[None])[0]
+            obs, reward, terminated, truncated, _ = self._env.step(action)
+            self.episode_return += float(reward)
+            done = terminated or truncated
+            yield self._frame()
+
+    def _frame(self) -> np.ndarray:
+        self.frames += 1
+        # With render_mode "human" this is None, and the window is the output.
+        frame = self._env.render()
+        return _even(np.asarray(frame)) if isinstance(frame, np.ndarray) else np.empty(0)
+
+
+def _even(frame: np.ndarray) -> np.ndarray:
+    # yuv420p halves the colour planes: odd sides lose a line.
+    return np.ascontiguousarray(frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2])
+
+
+def _writer(path: Path, fps: float):  # type: ignore[no-untyped-def]  # imageio has no types
+    if path.suffix == ".gif":
+        return imageio.get_writer(path, mode="I", duration=1000 / fps, loop=0)
+    return imageio.get_writer(
+        path, fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=2, ffmpeg_log_level="error"
+    )
+
+
+def _make_renderable(agent: Agent) -> gym.Env:
+    choose_gl()
+    return _build(agent, "rgb_array")
+
+
+def _build(agent: Agent, render_mode: str) -> gym.Env:
+    try:
+        env = agent.factory(render_mode=render_mode)
+        env.reset(seed=0)
+        env.render()
+    except gym.error.DependencyNotInstalled as error:
+        raise RenderError(f"{error}: pip install 'eggroll-rl[classic]' brings it") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # drivers fail in many ways
+        raise RenderError(f"this machine cannot render ({type(error).__name__}: {error}); {_ADVICE}") from error
+    return env
+
+
+_ADVICE = "on Debian or Ubuntu `apt-get install libegl1 libgl1-mesa-dri` brings EGL, `libosmesa6` OSMesa"
+
+
+def choose_gl() -> None:
+    """Set ``MUJOCO_GL`` to EGL or else OSMesa, unless the user did or there is a screen.
+
+    A driver that fails cannot be left in the process that tried it, so each is tried in one of its own.
+
+    :raises RenderError: neither works
+    """
+    if not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws the classic envs
+    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
+        return
+    for backend in ("egl", "osmesa"):
+        env = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+        if subprocess.run([sys.executable, "-c", _PROBE], env=env, capture_output=True, check=False).returncode == 0:
+            os.environ.update(MUJOCO_GL=backend, PYOPENGL_PLATFORM=backend)
+            return
+    raise RenderError(f"neither EGL nor OSMesa works here; {_ADVICE}")
