@@ -65,6 +65,7 @@ def _load(model: Path, best: bool, **options: Any) -> Any:
 @click.option("--fitness-shaping", help="centered_rank, standardize, none or best_fraction.")
 @click.option("--slice-size", type=int, help="Members evaluated together; part of the result.")
 @click.option("--policy", help="MlpPolicy or LinearPolicy.")
+@click.option("--max-episode-steps", type=int, help="Time limit of the task, in place of the registered one.")
 @click.option("--eval-freq", type=int, help="Env steps between evaluations; 0: only at the end. [default: a tenth]")
 @click.option("--eval-episodes", type=int, help="Episodes per evaluation. [default: 10]")
 @click.option("--checkpoint-every", type=int, help="Generations between checkpoints. [default: 10]")

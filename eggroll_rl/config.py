@@ -11,6 +11,7 @@ import tomli_w
 from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory, env_factory, resolve_wrappers
 from eggroll_rl.errors import ConfigError
+from eggroll_rl.es import check_whole
 
 # Constructor arguments that the run itself decides.
 _RESERVED = {
@@ -74,9 +75,8 @@ class RunConfig:
             ("n_workers", 0), ("eval_freq", 0), ("max_episode_steps", 1),
         ):  # fmt: skip
             value = getattr(self, name)
-            optional = value is None and name in {"n_workers", "eval_freq", "max_episode_steps"}
-            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
+            if value is not None or name not in {"n_workers", "eval_freq", "max_episode_steps"}:
+                check_whole(name, value, least)
         _check_names(self.eggroll, EGGROLL_SETTINGS, "[eggroll]")
 
     @classmethod

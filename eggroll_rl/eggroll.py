@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from eggroll_rl.envs import EnvFactory, EnvSource, env_factory, time_limit
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.es import EvolutionStrategy, check_population, check_positive, check_seed
+from eggroll_rl.es import EvolutionStrategy, check_population, check_positive, check_whole
 from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
@@ -127,6 +127,7 @@ class EGGROLL(BaseAlgorithm):
         self.slice_size = slice_size
         self.n_workers = n_workers
         self.noise_seed = seed
+        learning_rate = make_schedule("learning_rate", learning_rate)
         self._check_settings()
         if isinstance(policy, str) and policy not in self.policy_aliases:
             raise ConfigError(f"policy must be one of {', '.join(self.policy_aliases)} or a class, got {policy!r}")
@@ -136,7 +137,7 @@ class EGGROLL(BaseAlgorithm):
         super().__init__(
             policy=policy,
             env=self._native(env, env_kwargs),
-            learning_rate=make_schedule("learning_rate", learning_rate),
+            learning_rate=learning_rate,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -153,14 +154,15 @@ class EGGROLL(BaseAlgorithm):
 
     def _check_settings(self) -> None:
         check_population(self.population_size, self.rank, self.slice_size)
-        if not isinstance(self.n_eval_episodes, int) or self.n_eval_episodes < 1:
-            raise ConfigError(f"n_eval_episodes must be a whole number, at least 1, got {self.n_eval_episodes!r}")
-        if self.n_workers is not None and (not isinstance(self.n_workers, int) or self.n_workers < 0):
-            raise ConfigError(f"n_workers must be a whole number, at least 0, or None, got {self.n_workers!r}")
+        check_whole("n_eval_episodes", self.n_eval_episodes, 1)
+        if self.n_workers is not None:
+            check_whole("n_workers", self.n_workers, 0)
+        if self.max_episode_steps is not None:
+            check_whole("max_episode_steps", self.max_episode_steps, 1)
         if self.max_grad_norm is not None:
             check_positive("max_grad_norm", self.max_grad_norm)
         if self.noise_seed is not None:
-            check_seed(self.noise_seed)
+            check_whole("seed", self.noise_seed, 0)
         make_fitness_shaping(self.fitness_shaping, self.best_fraction)
 
     # The env --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import TimeLimit
 
 from eggroll_rl.errors import ConfigError
+from eggroll_rl.es import check_whole
 from eggroll_rl.mujoco_vector import MujocoVectorEnv, vector_task
 from eggroll_rl.serial_vector import SerialVectorEnv
 
@@ -98,8 +99,8 @@ def env_factory(
     """
     if isinstance(source, EnvFactory):
         return source
-    if max_episode_steps is not None and (not isinstance(max_episode_steps, int) or max_episode_steps < 1):
-        raise ConfigError(f"max_episode_steps must be a whole number, at least 1, got {max_episode_steps!r}")
+    if max_episode_steps is not None:
+        check_whole("max_episode_steps", max_episode_steps, 1)
     if isinstance(source, str):
         source = find_spec(source)
     elif not isinstance(source, EnvSpec) and not callable(source):

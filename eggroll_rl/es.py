@@ -31,8 +31,7 @@ def check_population(population_size: int, rank: int, slice_size: int) -> None:
     for name, value in (("population_size", population_size), ("slice_size", slice_size)):
         if not _is_int(value) or value < 2 or value % 2:
             raise ConfigError(f"{name} must be an even number of members, at least 2 (antithetic pairs), got {value!r}")
-    if not _is_int(rank) or rank < 1:
-        raise ConfigError(f"rank must be a whole number, at least 1, got {rank!r}")
+    check_whole("rank", rank, 1)
 
 
 def check_positive(name: str, value: object) -> None:
@@ -42,10 +41,10 @@ def check_positive(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be a finite number above 0, got {value!r}")
 
 
-def check_seed(seed: object) -> None:
-    """Refuse a seed that is not a non-negative whole number."""
-    if not _is_int(seed) or seed < 0:  # type: ignore[operator]
-        raise ConfigError(f"seed must be a whole number, at least 0, or None, got {seed!r}")
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuse what is not a whole number, or below ``least``."""
+    if not _is_int(value) or value < least:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
 
 def _is_int(value: object) -> bool:
@@ -108,7 +107,7 @@ class EvolutionStrategy:
         check_population(population_size, rank, slice_size)
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
-        check_seed(seed)
+        check_whole("seed", seed, 0)
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
         self.module = module

@@ -128,6 +128,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                     active_N = active_N & (episode_N < n_episodes)
                     reset_N = ended_N & active_N
         except SubEnvError as error:
+            length_N[error.index] += error.call == "step()"  # the step that was being made
             raise episode_error(error.index, f"the env raised in {error.call}: {error.summary}\n{error.text}") from None
     moments.add(seen_TNI[:t], active_TN[:t])
     real = Moments(moments.count[:n_members], moments.mean[:n_members], moments.m2[:n_members])

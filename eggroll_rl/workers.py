@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 
 import cloudpickle
 import torch
+from gymnasium.envs.registration import registry
 
 from eggroll_rl.envs import EnvFactory, mujoco_warnings_silenced
 from eggroll_rl.errors import ConfigError, EggrollError, EpisodeError, WorkerDiedError
@@ -99,7 +100,7 @@ class ProcessEvaluator:
 
     def __init__(self, n_workers: int, policy: MlpPolicy, factory: EnvFactory, slice_size: int):
         try:
-            setup = cloudpickle.dumps((policy, factory, slice_size))
+            setup = cloudpickle.dumps((policy, factory, slice_size, registered_specs()))
         except Exception as error:
             raise ConfigError(f"the env cannot be sent to worker processes ({error}); use n_workers=0") from error
         self._processes: list[subprocess.Popen] = []
@@ -199,6 +200,18 @@ class ProcessEvaluator:
         return WorkerDiedError(f"worker {worker_id} ended in the middle of its work ({how}); nothing was updated")
 
 
+def registered_specs() -> list[bytes]:
+    """Pickle the envs that somebody registered here, for env functions that make them by id."""
+    specs = []
+    for spec in registry.values():
+        if not (isinstance(spec.entry_point, str) and spec.entry_point.startswith("gymnasium.")):
+            try:
+                specs.append(cloudpickle.dumps(spec))
+            except Exception:
+                continue
+    return specs
+
+
 def serve(fd: int) -> None:
     """Run a worker: evaluate slices until the parent closes the connection ``fd``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -206,7 +219,9 @@ def serve(fd: int) -> None:
     torch.set_num_threads(1)
     with Connection(fd) as connection:
         try:
-            policy, factory, slice_size = cloudpickle.loads(connection.recv_bytes())
+            policy, factory, slice_size, specs = cloudpickle.loads(connection.recv_bytes())
+            for spec in map(cloudpickle.loads, specs):
+                registry.setdefault(spec.id, spec)
             with mujoco_warnings_silenced():
                 envs = factory.vector(slice_size)
                 connection.send("ready")

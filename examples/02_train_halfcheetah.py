@@ -1,0 +1,20 @@
+"""Train HalfCheetah-v5 through the API, in the shape of any Stable-Baselines3 script.
+
+Run: python examples/02_train_halfcheetah.py [total_timesteps]
+"""
+
+import sys
+
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from eggroll_rl import EGGROLL
+
+total_timesteps = int(sys.argv[1]) if len(sys.argv) > 1 else 3_000_000
+
+model = EGGROLL("LinearPolicy", "HalfCheetah-v5", population_size=32, seed=0, verbose=1)
+model.learn(total_timesteps, progress_bar=True)
+model.save("halfcheetah")
+
+model = EGGROLL.load("halfcheetah", env="HalfCheetah-v5")
+mean, std = evaluate_policy(model, model.get_env(), n_eval_episodes=5)
+print(f"return of the mean policy: {mean:.0f} ± {std:.0f}")

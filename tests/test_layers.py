@@ -1,0 +1,51 @@
+"""The drawing in the README, held true: a module imports only from rows above its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+LAYERS = [
+    ["errors", "lowrank", "fitness", "es"],
+    ["normalization", "policies"],
+    ["serial_vector", "mujoco_vector", "envs", "rollout"],
+    ["workers", "vec_env"],
+    ["eggroll"],
+    ["agents", "config", "evaluation", "training", "videos", "bench"],
+    ["cli"],
+]
+ORDER = [name for layer in LAYERS for name in layer]
+PACKAGE = Path(__file__).parent.parent / "eggroll_rl"
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.module == "eggroll_rl":
+                yield from (f"eggroll_rl.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_every_module_has_its_place():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert modules == set(ORDER)
+
+
+def test_a_module_imports_only_from_above():
+    for name in ORDER:
+        for imported in imports(PACKAGE / f"{name}.py"):
+            if imported.startswith("eggroll_rl."):
+                other = imported.removeprefix("eggroll_rl.")
+                assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+
+
+def test_the_core_needs_torch_and_numpy_only():
+    code = (
+        "import sys; from eggroll_rl import EvolutionStrategy; "
+        "print(sorted({'gymnasium', 'mujoco', 'stable_baselines3', 'click'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

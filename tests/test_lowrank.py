@@ -1,0 +1,249 @@
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from eggroll_rl.errors import UnsupportedModuleError
+from eggroll_rl.lowrank import Noise, Population, estimate_gradient, perturbed_parameters, standard_normal
+
+
+def make_noise(**changes):
+    values = {"seed": 5, "generation": 3, "population_size": 8, "sigma": 0.1, "rank": 1, "slice_size": 4}
+    return Noise(**(values | changes))
+
+
+def mlp(bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, 7, bias=bias), nn.Tanh(), nn.Linear(7, 7, bias=bias), nn.ReLU(), nn.Linear(7, 3, bias=bias)
+    ).double()
+
+
+def dense(module, population, member, x):
+    """Evaluate one member from its explicit parameters."""
+    return torch.func.functional_call(module, population.parameters_of(member), (x,))
+
+
+# Noise -----------------------------------------------------------------------------------------------------
+
+
+def test_noise_does_not_depend_on_how_it_is_asked_for():
+    noise = make_noise()
+    whole = standard_normal(noise, 2, 0, 10, 37)
+    for pair in range(10):
+        assert torch.equal(standard_normal(noise, 2, pair, 1, 37)[0], whole[pair])
+    assert torch.equal(standard_normal(noise, 2, 3, 4, 37), whole[3:7])
+
+
+def test_noise_differs_by_seed_generation_parameter_and_pair():
+    reference = standard_normal(make_noise(), 0, 0, 1, 64)
+    others = [
+        standard_normal(make_noise(seed=6), 0, 0, 1, 64),
+        standard_normal(make_noise(generation=4), 0, 0, 1, 64),
+        standard_normal(make_noise(), 1, 0, 1, 64),
+        standard_normal(make_noise(), 0, 1, 1, 64),
+    ]
+    drawn = torch.cat([reference, *others]).flatten()
+    assert len(drawn.unique()) == len(drawn)
+
+
+def test_noise_is_standard_normal():
+    sample = standard_normal(make_noise(), 0, 0, 1000, 1000).double()
+    assert abs(sample.mean()) < 5e-3
+    assert abs(sample.var() - 1) < 5e-3
+    assert abs(sample.pow(4).mean() - 3) < 0.03
+    assert sample.abs().max() < 6
+    # Neighbours, and the two halves that one Box-Muller pair fills, are uncorrelated.
+    assert abs((sample[:, :-1] * sample[:, 1:]).mean()) < 5e-3
+    assert abs((sample[:, :500] * sample[:, 500:]).mean()) < 5e-3
+
+
+def test_noise_is_the_same_in_another_process():
+    code = (
+        "from eggroll_rl.lowrank import Noise, standard_normal; import hashlib; "
+        "x = standard_normal(Noise(5, 3, 8, .1, 1, 4), 1, 0, 4, 50); print(hashlib.sha256(x.numpy().tobytes()).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 1 and len(digests.pop()) == 65
+
+
+def test_equal_layers_get_different_noise():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    parameters = Population(module, make_noise()).parameters_of(0)
+    step = [parameters[f"{i}.weight"] - module[i].weight for i in (0, 1)]
+    assert not torch.allclose(*step)
+
+
+# Members ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 100])
+@pytest.mark.parametrize("bias", [True, False])
+def test_batched_forward_equals_explicit_members(rank, bias):
+    module, noise = mlp(bias), make_noise(rank=rank)
+    population = Population(module, noise)
+    shared, single, own = torch.randn(6, 5), torch.randn(8, 1, 5), torch.randn(8, 6, 5)
+    shared, single, own = shared.double(), single.double(), own.double()
+    y_shared = population.forward(shared)
+    y_single = population.forward(single, per_member=True)
+    y_own = population.forward(own, per_member=True)
+    assert y_shared.shape == (8, 6, 3) and y_single.shape == (8, 1, 3)
+    for member in range(8):
+        for y, x in ((y_shared, shared), (y_single, single[member]), (y_own, own[member])):
+            assert torch.allclose(y[member], dense(module, population, member, x), atol=1e-10, rtol=0)
+
+
+def test_a_slice_holds_the_same_members_as_the_whole():
+    module, noise = mlp(), make_noise()
+    whole, part = Population(module, noise), Population(module, noise, first=4, size=4)
+    for member in range(4):
+        for a, b in zip(whole.parameters_of(4 + member).values(), part.parameters_of(member).values(), strict=True):
+            assert torch.equal(a, b)
+    x = torch.randn(3, 5).double()
+    assert torch.allclose(whole.forward(x)[4:], part.forward(x), atol=1e-12)
+
+
+def test_every_member_is_the_mean_plus_signed_sigma_times_its_perturbation():
+    module, noise = mlp(), make_noise(sigma=0.25)
+    population = Population(module, noise)
+    for p in perturbed_parameters(module):
+        perturbation = p.dense(noise, 0, 4)
+        if p.factored:
+            a, b = p.factors(noise, 0, 4)
+            assert torch.allclose(perturbation, torch.einsum("por,pir->poi", a, b) / math.sqrt(a.shape[2]))
+        for member in range(8):
+            sign = 1 if member % 2 == 0 else -1
+            expected = p.parameter + sign * 0.25 * perturbation[member // 2]
+            assert torch.equal(population.parameters_of(member)[p.name], expected)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 50])
+def test_perturbations_have_unit_variance_at_any_rank_also_when_clamped(rank):
+    module = nn.Linear(6, 4)
+    weight = perturbed_parameters(module)[0]
+    perturbation = weight.dense(make_noise(population_size=8000, rank=rank), 0, 4000)
+    assert weight.factors(make_noise(rank=rank), 0, 1)[0].shape[2] == min(rank, 4)
+    assert abs(perturbation.var() - 1) < 0.05
+
+
+def test_a_module_with_its_own_forward_works_and_is_left_as_it_was():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(5, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            for _ in range(2):
+                x = x + torch.relu(self.inner(x))
+            return self.outer(x.flatten(1))
+
+    module = Residual().double()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    population = Population(module, make_noise())
+    x = torch.randn(3, 5).double()
+    y = population.forward(x)
+    for member in range(8):
+        assert torch.allclose(y[member], dense(module, population, member, x), atol=1e-10)
+    assert type(module.inner) is nn.Linear
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def test_tied_weights_share_one_perturbation():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    module[2].weight = module[0].weight
+    population = Population(module, make_noise())
+    x = torch.randn(3, 4).double()
+    y = population.forward(x)
+    for member in range(8):
+        assert torch.allclose(y[member], dense(module, population, member, x), atol=1e-10)
+
+
+def test_frozen_parameters_stay_and_do_not_move_the_noise_of_others():
+    module, noise = mlp(), make_noise()
+    free = Population(module, noise).parameters_of(0)
+    module[0].weight.requires_grad_(False)
+    module[2].bias.requires_grad_(False)
+    population = Population(module, noise)
+    assert set(free) - set(population.parameters_of(0)) == {"0.weight", "2.bias"}
+    assert torch.equal(population.parameters_of(0)["4.weight"], free["4.weight"])
+    x = torch.randn(3, 5).double()
+    for member in range(8):
+        assert torch.allclose(population.forward(x)[member], dense(module, population, member, x), atol=1e-10)
+
+
+def test_a_forward_that_reaches_past_the_layer_fails_instead_of_going_unperturbed():
+    class Sneaky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return x @ self.layer.weight.t()
+
+    with pytest.raises(AttributeError, match="weight"):
+        Population(Sneaky(), make_noise()).forward(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"),
+    [
+        (nn.Conv1d(1, 1, 1), "Conv1d"),
+        (nn.LayerNorm(3), "LayerNorm"),
+        (nn.BatchNorm1d(3, affine=False), "BatchNorm1d"),
+        (nn.Dropout(0.5), "Dropout"),
+        (nn.GRU(3, 3), "GRU"),
+        (nn.PReLU(), "PReLU"),
+    ],
+)
+def test_an_unsupported_layer_is_named(layer, named):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Sequential(layer))
+    with pytest.raises(UnsupportedModuleError, match=rf"'1\.0' \({named}\)"):
+        Population(module, make_noise())
+
+
+def test_a_module_without_free_parameters_is_refused():
+    with pytest.raises(UnsupportedModuleError, match="nothing to optimise"):
+        Population(nn.Tanh(), make_noise())
+
+
+def test_per_member_input_must_have_one_entry_per_member():
+    with pytest.raises(ValueError, match="expected 8, got 5"):
+        Population(mlp(), make_noise()).forward(torch.zeros(5, 1, 5), per_member=True)
+
+
+# Gradient --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 100])
+@pytest.mark.parametrize("slice_size", [2, 4, 6, 64])
+def test_gradient_equals_the_explicit_sum(rank, slice_size):
+    module, noise = mlp(), make_noise(rank=rank, slice_size=slice_size)
+    utilities = torch.randn(8, dtype=torch.float64)
+    gradient = estimate_gradient(module, noise, utilities)
+    members = [Population(module, noise).parameters_of(n) for n in range(8)]
+    for name, parameter in module.named_parameters():
+        # s·E = (theta_n - theta)/sigma, so that this is the definition, weights and biases alike.
+        explicit = sum(u * (members[n][name] - parameter) / noise.sigma for n, u in enumerate(utilities)) / 8
+        assert gradient[name].dtype == torch.float64
+        assert torch.allclose(gradient[name], explicit, atol=1e-10, rtol=0)
+
+
+def test_gradient_points_along_that_of_a_linear_function():
+    module = nn.Linear(6, 4, bias=False).double()
+    direction = torch.randn(4, 6).double()
+    noise = make_noise(population_size=4000, slice_size=400)
+    population = Population(module, noise)
+    fitness = torch.stack([(population.parameters_of(n)["weight"] * direction).sum() for n in range(4000)])
+    gradient = estimate_gradient(module, noise, fitness)["weight"]
+    # E[u s E] = sigma · direction.
+    assert torch.allclose(gradient / noise.sigma, direction, atol=0.35)
+    assert torch.cosine_similarity(gradient.flatten(), direction.flatten(), dim=0) > 0.98

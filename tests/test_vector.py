@@ -1,0 +1,133 @@
+"""Both vector envs: the serial one against the env itself, the MuJoCo one against Gymnasium bit by bit."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import toy
+
+from eggroll_rl.envs import env_factory
+from eggroll_rl.mujoco_vector import MujocoVectorEnv
+from eggroll_rl.serial_vector import SerialVectorEnv, SubEnvError
+
+
+def test_the_serial_env_runs_the_episodes_of_its_sub_envs():
+    envs, single = SerialVectorEnv([toy.make_target] * 3), toy.make_target()
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(0, 1, (12, 3, 2)).astype(np.float32)
+    obs, _ = envs.reset(seed=[7, 8, 9])
+    history = [obs]
+    rewards, ends = np.zeros((12, 3)), np.zeros((12, 3), bool)
+    for t in range(12):
+        obs, rewards[t], terminations, truncations, _ = envs.step(actions[t])
+        ends[t] = terminations | truncations
+        history.append(obs)
+    for i in range(3):
+        assert np.array_equal(history[0][i], single.reset(seed=7 + i)[0])
+        length = int(np.flatnonzero(ends[:, i])[0]) + 1
+        for t in range(length):
+            obs, reward, terminated, truncated, _ = single.step(actions[t, i])
+            assert np.array_equal(history[t + 1][i], obs)
+            assert rewards[t, i] == reward
+        assert (terminated or truncated) and ends[:, i].sum() == 1
+        # Afterwards nothing moves.
+        assert not rewards[length:, i].any()
+        assert all(np.array_equal(h[i], obs) for h in history[length + 1 :])
+
+
+def test_reset_by_mask_leaves_the_others_alone():
+    envs = SerialVectorEnv([toy.make_target] * 2)
+    first, _ = envs.reset(seed=3)
+    assert np.array_equal(first[1], toy.make_target().reset(seed=4)[0])
+    for _ in range(2):
+        moved, *_ = envs.step(np.zeros((2, 2), np.float32))
+    obs, _ = envs.reset(seed=[3, None], options={"reset_mask": np.array([True, False])})
+    assert np.array_equal(obs[0], first[0]) and np.array_equal(obs[1], moved[1])
+
+
+def test_observations_are_not_a_reused_buffer():
+    envs = SerialVectorEnv([toy.make_target])
+    obs, _ = envs.reset(seed=0)
+    copy = obs.copy()
+    envs.step(np.zeros((1, 2), np.float32))
+    assert np.array_equal(obs, copy)
+
+
+def test_infos_of_finished_episodes_arrive():
+    envs = SerialVectorEnv([toy.make_target] * 2)
+    envs.reset(seed=0)
+    while True:
+        _, _, terminations, _, infos = envs.step(np.zeros((2, 2), np.float32))
+        if terminations.any():
+            break
+        assert infos == {}
+    assert infos["_is_success"].tolist() == terminations.tolist()
+
+
+@pytest.mark.parametrize("fault", ["raise", "old_api"])
+def test_a_sub_env_that_raises_is_named(fault):
+    envs = SerialVectorEnv([toy.make_target, toy.make_fault(fault, at=1)])
+    envs.reset(seed=0)
+    with pytest.raises(SubEnvError, match="sub-env 1 raised in step") as caught:
+        envs.step(np.zeros((2, 2), np.float32))
+    assert "Traceback" in caught.value.text
+
+
+CHEETAHS = [
+    {},
+    {"forward_reward_weight": 2.5, "ctrl_cost_weight": 0.7},
+    {"reset_noise_scale": 0.0, "frame_skip": 3},
+    {"exclude_current_positions_from_observation": False},
+]
+
+
+@pytest.mark.parametrize("kwargs", CHEETAHS)
+def test_half_cheetah_is_gymnasiums_to_the_bit(kwargs):
+    limit, n = 40, 3
+    factory = env_factory("HalfCheetah-v5", kwargs, max_episode_steps=limit)
+    envs = factory.vector(n)
+    assert isinstance(envs, MujocoVectorEnv)
+    singles = [gym.make("HalfCheetah-v5", max_episode_steps=limit, **kwargs) for _ in range(n)]
+    rng = np.random.default_rng(0)
+    for episode in range(3):
+        # The last episode goes on with the sub-envs' own generators.
+        seeds = [int(s) for s in rng.integers(0, 2**31, n)] if episode < 2 else [None] * n
+        obs, _ = envs.reset(seed=seeds)
+        assert np.array_equal(obs, [env.reset(seed=s)[0] for env, s in zip(singles, seeds, strict=True)])
+        for _ in range(limit):
+            actions = rng.uniform(-1.2, 1.2, (n, 6)).astype(np.float32)
+            stepped = envs.step(actions)
+            expected = [env.step(a) for env, a in zip(singles, actions, strict=True)]
+            for ours, theirs in zip(stepped[:4], zip(*(e[:4] for e in expected), strict=True), strict=True):
+                assert np.array_equal(ours, np.array(theirs))
+        assert stepped[3].all()
+
+
+def test_a_finished_simulation_is_left_alone_until_its_reset():
+    envs = env_factory("HalfCheetah-v5", max_episode_steps=4).vector(2)
+    envs.reset(seed=[1, 2])
+    actions = np.ones((2, 6), np.float32)
+    for _ in range(2):
+        envs.step(actions)
+    envs.reset(seed=[5, None], options={"reset_mask": np.array([True, False])})
+    for _ in range(2):
+        obs, _, _, truncations, _ = envs.step(actions)
+    assert truncations.tolist() == [False, True]
+    state = envs.qpos[1].copy(), envs.qvel[1].copy(), envs.batch.time[1]
+    later, rewards, terminations, truncations, _ = envs.step(actions)
+    assert np.array_equal(envs.qpos[1], state[0]) and np.array_equal(envs.qvel[1], state[1])
+    assert envs.batch.time[1] == state[2]
+    assert np.array_equal(later[1], obs[1]) and rewards[1] == 0 and not truncations[1]
+    assert not np.array_equal(later[0], obs[0])
+
+
+def test_wrapped_and_other_envs_go_through_gymnasium():
+    wrapped = env_factory("HalfCheetah-v5", wrappers=((gym.wrappers.ClipAction, {}),))
+    assert isinstance(wrapped.vector(1), SerialVectorEnv)
+    assert isinstance(env_factory("CartPole-v1").vector(1), SerialVectorEnv)
+
+
+def test_no_warning_file_is_left(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    env_factory("HalfCheetah-v5").vector(1).close()
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,90 @@
+"""Small environments with known properties. Worker processes import this module by name."""
+
+import os
+import random
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
+
+
+class TargetEnv(gym.Env):
+    """Reward -|action - target| with a target in the observation; lengths 4 to 10 follow from the seed."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,))
+    action_space = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
+
+    def __init__(self, offset=0.0):
+        self.offset = offset
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.length = int(self.np_random.integers(4, 11))
+        self.t = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.t += 1
+        reward = -float(np.abs(action - self.target[:2]).sum()) + 3.0
+        terminated = self.t >= self.length
+        return self._obs(), reward, terminated, False, {"is_success": terminated}
+
+    def _obs(self):
+        self.target = self.np_random.uniform(-1, 1, 3)
+        return (self.target + self.offset).astype(np.float32)
+
+
+def make_target(offset=0.0):
+    return TimeLimit(TargetEnv(offset), 50)
+
+
+class FaultEnv(TargetEnv):
+    """Does ``fault`` at step ``at`` of an episode whose seed is ``seed`` (any seed by default)."""
+
+    def __init__(self, fault, at=3, seed=None):
+        super().__init__()
+        self.fault, self.at, self.fault_seed = fault, at, seed
+        if fault == "init":
+            raise ValueError("broken constructor")
+
+    def reset(self, *, seed=None, options=None):
+        self.armed = self.fault_seed in (None, seed)
+        if self.fault == "reset":
+            raise ValueError("broken reset")
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.armed and self.t == self.at:
+            if self.fault == "raise":
+                raise ZeroDivisionError("broken step")
+            if self.fault == "kill":
+                os.kill(os.getpid(), 9)
+            if self.fault == "nan_reward":
+                reward = float("nan")
+            if self.fault == "nan_obs":
+                obs = np.full(3, np.nan, np.float32)
+            if self.fault == "old_api":
+                return obs, reward, terminated, info
+        return obs, reward, terminated, truncated, info
+
+
+class SloppyEnv(TargetEnv):
+    """Draws from the global generators."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward + random.random() + np.random.uniform(), terminated, truncated, info
+
+
+class make_fault:
+    def __init__(self, *args, **kwargs):
+        self.args, self.kwargs = args, kwargs
+
+    def __call__(self):
+        return TimeLimit(FaultEnv(*self.args, **self.kwargs), 50)
+
+
+def make_sloppy():
+    return TimeLimit(SloppyEnv(), 50)
