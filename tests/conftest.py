@@ -14,7 +14,7 @@ def no_process_left():
     """Every test must end the processes that it started."""
     yield
     children = psutil.Process().children(recursive=True)
-    gone, alive = psutil.wait_procs(children, timeout=5)
+    _gone, alive = psutil.wait_procs(children, timeout=5)
     for process in alive:
         process.kill()
     assert not alive, f"left behind: {alive}"

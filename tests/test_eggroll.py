@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -27,10 +29,8 @@ from eggroll_rl.training import train
 
 
 def make(env=toy.make_target, **settings):
-    settings = {
-        "seed": 0, "n_workers": 0, "population_size": 16, "slice_size": 8, "policy_kwargs": {"net_arch": [8]}, **settings,
-    }  # fmt: skip
-    return EGGROLL("MlpPolicy", env, **settings)
+    small = {"population_size": 16, "slice_size": 8, "policy_kwargs": {"net_arch": [8]}}
+    return EGGROLL("MlpPolicy", env, **{"seed": 0, "n_workers": 0, **small, **settings})
 
 
 # Learning --------------------------------------------------------------------------------------------------
@@ -92,10 +92,7 @@ def test_steps_of_all_members_are_counted():
 
 @pytest.mark.parametrize("policy", ["MlpPolicy", "LinearPolicy", LinearPolicy])
 def test_save_and_load_keep_everything(policy, tmp_path):
-    kwargs = {"net_arch": [8]} if policy == "MlpPolicy" else {}
-    model = (
-        make(policy_kwargs=kwargs) if policy == "MlpPolicy" else EGGROLL(policy, toy.make_target, seed=0, n_workers=0)
-    )
+    model = EGGROLL(policy, toy.make_target, seed=0, n_workers=0)
     model.learn(500)
     model.save(tmp_path / "model")
     loaded = EGGROLL.load(tmp_path / "model")
@@ -167,7 +164,7 @@ def test_schedules_follow_the_progress():
 
     model.learn(1000, callback=Look())
     assert seen[0] == (0.2, 0.1)
-    assert all(a > b and c > d > 0 for (a, c), (b, d) in zip(seen, seen[1:], strict=False))
+    assert all(a > b and c > d > 0 for (a, c), (b, d) in itertools.pairwise(seen))
 
 
 def test_the_usual_keys_are_logged(tmp_path):
@@ -215,14 +212,8 @@ def test_function_callbacks_and_max_episodes_stop():
 
 def test_eval_and_checkpoint_callbacks_come_when_they_should(tmp_path):
     model = make()
-    evaluation = EvalCallback(
-        DummyVecEnv([toy.make_target]),
-        eval_freq=300,
-        n_eval_episodes=2,
-        best_model_save_path=tmp_path,
-        verbose=0,
-        warn=False,
-    )
+    env = DummyVecEnv([toy.make_target])
+    evaluation = EvalCallback(env, None, None, 2, 300, best_model_save_path=tmp_path, verbose=0, warn=False)
     model.learn(1000, callback=[evaluation, CheckpointCallback(400, str(tmp_path), verbose=0)])
     assert evaluation.n_calls == model.num_timesteps >= 1000
     assert (tmp_path / "rl_model_400_steps.zip").exists() and (tmp_path / "rl_model_800_steps.zip").exists()

@@ -65,7 +65,8 @@ def test_noise_is_standard_normal():
 def test_noise_is_the_same_in_another_process():
     code = (
         "from eggroll_rl.lowrank import Noise, standard_normal; import hashlib; "
-        "x = standard_normal(Noise(5, 3, 8, .1, 1, 4), 1, 0, 4, 50); print(hashlib.sha256(x.numpy().tobytes()).hexdigest())"
+        "x = standard_normal(Noise(5, 3, 8, .1, 1, 4), 1, 0, 4, 50); "
+        "print(hashlib.sha256(x.numpy().tobytes()).hexdigest())"
     )
     digests = {
         subprocess.run(

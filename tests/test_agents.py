@@ -1,0 +1,167 @@
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from gymnasium import spaces
+
+from eggroll_rl import agents
+from eggroll_rl.errors import RunFolderError
+from eggroll_rl.policies import LinearPolicy, MlpPolicy
+
+OBS = spaces.Box(np.array([-1.0, -np.inf]), np.array([1.0, np.inf]), dtype=np.float64)
+ACTIONS = spaces.Box(-2, 3, (2,), np.float32)
+
+
+def save(path, **kwargs):
+    torch.manual_seed(0)
+    policy = MlpPolicy(OBS, ACTIONS, net_arch=[5], zero_last_layer=False, **kwargs)
+    agents.save_policy(path, policy, {"env_id": "X-v0", "timesteps": 3})
+    return policy
+
+
+def test_a_policy_is_built_again_without_its_env(tmp_path):
+    policy = save(tmp_path / "policy.safetensors", activation_fn="relu", squash_output=True)
+    state = torch.get_rng_state()
+    loaded = agents.load_policy(tmp_path / "policy.safetensors")
+    assert torch.equal(state, torch.get_rng_state())
+    obs = np.random.default_rng(0).normal(size=(5, 2))
+    assert np.array_equal(loaded.predict(obs)[0], policy.predict(obs)[0])
+    assert loaded.observation_space == OBS and loaded.action_space == ACTIONS
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        OBS,
+        ACTIONS,
+        spaces.Box(-np.inf, np.inf, (3, 2), np.float32),
+        spaces.Box(0, 255, (4, 4, 3), np.uint8),
+        spaces.Discrete(4, start=-1),
+        spaces.MultiDiscrete([2, 5]),
+        spaces.MultiBinary(3),
+        spaces.MultiBinary([2, 2]),
+    ],
+)
+def test_spaces_survive_json(space):
+    assert agents.space_from_json(json.loads(json.dumps(agents.space_to_json(space), allow_nan=False))) == space
+
+
+def test_linear_policies_too(tmp_path):
+    agents.save_policy(tmp_path / "p.safetensors", LinearPolicy(OBS, ACTIONS), {})
+    assert type(agents.load_policy(tmp_path / "p.safetensors")) is LinearPolicy
+
+
+def foreign(path):
+    safetensors.torch.save_file({"a": torch.zeros(3)}, path)
+
+
+def pickled(path):
+    path.write_bytes(pickle.dumps({"a": 1}))
+
+
+def truncated(path):
+    save(path)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def header_only(path):
+    save(path)
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def other_kind(path):
+    agents.save_tensors(path, "training", {"a": torch.zeros(1)}, {})
+
+
+def newer(path):
+    metadata = {"format": "eggroll-rl", "version": "99", "kind": "policy", "about": "{}"}
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata)
+
+
+def wrong_shapes(path):
+    policy = save(path)
+    tensors, about = agents.load_tensors(path, "policy")
+    tensors["network.0.weight"] = torch.zeros(9, 9)
+    agents.save_tensors(path, "policy", tensors, about)
+    assert policy is not None
+
+
+def unknown_policy(path):
+    save(path)
+    tensors, about = agents.load_tensors(path, "policy")
+    agents.save_tensors(path, "policy", tensors, {**about, "policy": "os.system"})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.mkdir(), "damaged or not a safetensors file"),
+        (empty, "damaged"),
+        (pickled, "damaged"),
+        (truncated, "damaged"),
+        (header_only, "damaged"),
+        (foreign, "not a policy of eggroll-rl"),
+        (other_kind, "not a policy of eggroll-rl"),
+        (newer, "format version 99; this eggroll-rl reads version 1"),
+        (wrong_shapes, "cannot be built|can be built"),
+        (unknown_policy, "can be built"),
+    ],
+)
+def test_anything_else_is_refused_in_one_sentence(make, message, tmp_path):
+    path = tmp_path / "policy.safetensors"
+    make(path)
+    with pytest.raises(RunFolderError, match=message) as caught:
+        agents.load_policy(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_loading_runs_no_code(tmp_path):
+    path = tmp_path / "policy.safetensors"
+    save(path)
+    agents.load_policy(path)  # imports what loading needs at all
+    watched, events = True, []
+    wrong = {"pickle.find_class", "subprocess.Popen", "os.system", "socket.connect", "import"}
+    sys.addaudithook(lambda event, args: events.append((event, args)) if watched and event in wrong else None)
+    agents.load_policy(path)
+    watched = False
+    assert events == []
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    agents.write_atomic(path, b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(agents.os, "fsync", full)
+    with pytest.raises(RunFolderError, match="cannot write .*file: No space left on device"):
+        agents.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_torn_last_line_of_the_curve_is_left_out(tmp_path):
+    rows = [{"generation": i, "ep_rew_mean": i / 2} for i in range(3)]
+    agents.write_csv(tmp_path / "progress.csv", rows)
+    with open(tmp_path / "progress.csv", "a") as file:
+        file.write("3")
+    assert [row["generation"] for row in agents.read_csv(tmp_path / "progress.csv")] == ["0", "1", "2"]
+
+
+def test_evaluations_have_sb3s_keys(tmp_path):
+    rows = [{"timesteps": 10 * i, "returns": [1.0, 2.0], "lengths": [3, 4], "seconds": 0.5} for i in range(3)]
+    agents.write_evaluations(tmp_path / "evaluations.npz", rows)
+    with np.load(tmp_path / "evaluations.npz") as file:
+        assert file["timesteps"].tolist() == [0, 10, 20]
+        assert file["results"].shape == file["ep_lengths"].shape == (3, 2)
+    assert agents.read_evaluations(tmp_path / "evaluations.npz") == rows
