@@ -13,13 +13,13 @@ x = torch.linspace(-3, 3, 64).unsqueeze(1)
 y = torch.sin(x)
 
 network = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 1))
-es = EvolutionStrategy(network, population_size=512, sigma=0.05, rank=1, learning_rate=0.02, seed=0)
+es = EvolutionStrategy(network, population_size=256, sigma=0.05, rank=1, learning_rate=0.02, seed=0)
 
-for generation in range(401):
-    outputs = es.ask().forward(x)  # (512, 64, 1): all members in one call
+for generation in range(201):
+    outputs = es.ask().forward(x)  # (256, 64, 1): all members in one call
     error = (outputs - y).square().mean(dim=(1, 2))
     metrics = es.tell(-error)  # higher is better
-    if generation % 100 == 0:
+    if generation % 50 == 0:
         print(f"generation {generation:4d}   mean error {-metrics['fitness_mean']:.5f}")
 
 with torch.no_grad():

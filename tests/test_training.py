@@ -1,0 +1,210 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy
+from gymnasium.envs.registration import register, registry
+
+from eggroll_rl import agents, training
+from eggroll_rl.agents import load_policy, load_tensors, read_csv
+from eggroll_rl.config import RunConfig
+from eggroll_rl.errors import EpisodeError, RunFolderError
+from eggroll_rl.training import Interrupted, load_run_config, train
+
+
+def config(**changes):
+    eggroll = {"population_size": 8, "slice_size": 4, "policy_kwargs": {"net_arch": [4]}, "learning_rate": "lin_0.05"}
+    values = {"total_timesteps": 2000, "n_workers": 0, "eval_freq": 700, "eval_episodes": 2, "checkpoint_every": 2}
+    return RunConfig(**{"env_id": "CartPole-v1", "eggroll": eggroll, **values, **changes})
+
+
+def tensors(folder, name="training"):
+    return load_tensors(folder / f"{name}.safetensors", "training" if name == "training" else "policy")[0]
+
+
+def curve(folder):
+    rows = read_csv(folder / "progress.csv")
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_same_run(a, b):
+    for name in ("training", "policy", "best"):
+        x, y = tensors(a, name), tensors(b, name)
+        assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x), name
+    assert [{k: float(v) for k, v in row.items()} for row in curve(a)] == [
+        {k: float(v) for k, v in row.items()} for row in curve(b)
+    ]
+    with np.load(a / "evaluations.npz") as x, np.load(b / "evaluations.npz") as y:
+        assert np.array_equal(x["results"], y["results"]) and np.array_equal(x["timesteps"], y["timesteps"])
+    results = [json.loads((folder / "results.json").read_text()) for folder in (a, b)]
+    assert results[0]["evaluation"] == results[1]["evaluation"] and results[0]["best"] == results[1]["best"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(config(), folder, progress_bar=False)
+    return folder
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.toml", "policy.safetensors", "best.safetensors", "training.safetensors", "progress.csv",
+        "evaluations.npz", "results.json",
+    }  # fmt: skip
+    results = json.loads((finished / "results.json").read_text())
+    rows = curve(finished)
+    assert results["timesteps"] == int(rows[-1]["timesteps"]) >= 2000
+    assert results["generations"] == len(rows)
+    assert results["env_steps_per_second"] == pytest.approx(results["timesteps"] / results["wall_seconds"], rel=0.01)
+    assert len(results["evaluation"]["returns"]) == 20
+    selection = set(range(training.SELECTION_SEED, training.SELECTION_SEED + 2))
+    assert not selection & set(results["best"]["seeds"]) and results["best"]["timesteps"] > 0
+    assert {"torch", "gymnasium", "mujoco", "python"} <= set(results["versions"])
+    assert load_run_config(finished) == config()
+
+
+def test_the_saved_policy_is_the_mean_that_was_trained(finished):
+    checkpoint, policy = tensors(finished), load_policy(finished / "policy.safetensors")
+    for name, tensor in policy.state_dict().items():
+        assert torch.equal(tensor, checkpoint[f"policy.{name}"])
+
+
+def test_the_same_configuration_gives_the_same_run(finished, tmp_path):
+    train(config(n_workers=2), tmp_path / "again", progress_bar=False)
+    assert_same_run(finished, tmp_path / "again")
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_at_every_generation(finished, tmp_path, monkeypatch):
+    generations = len(curve(finished))
+    assert generations >= 6
+    for stop in range(1, generations):
+        folder = tmp_path / f"stop{stop}"
+        before = training.RunRecorder.on_generation_end
+
+        def end(self, stop=stop, before=before):
+            going = before(self)
+            if self._model.evolution_strategy.generation == stop:
+                self._pending = signal.SIGTERM
+                self._stop_if_asked()
+            return going
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.RunRecorder, "on_generation_end", end)
+            with pytest.raises(Interrupted):
+                train(config(), folder, progress_bar=False)
+        assert not (folder / "results.json").exists()
+        train(load_run_config(folder), folder, resume=True, progress_bar=False)
+        assert_same_run(finished, folder)
+
+
+def test_a_run_that_dies_resumes_from_its_last_checkpoint(finished, tmp_path, monkeypatch):
+    """Without a word at the end, as with SIGKILL: the curves are cut back to the checkpoint."""
+    folder = tmp_path / "run"
+
+    def end(self, before=training.RunRecorder.on_generation_end):
+        if self._model.evolution_strategy.generation == 5:
+            monkeypatch.setattr(training.RunRecorder, "checkpoint", lambda self: None)
+            raise KeyboardInterrupt
+        return before(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.RunRecorder, "on_generation_end", end)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(), folder, progress_bar=False)
+    monkeypatch.undo()
+    assert load_tensors(folder / "training.safetensors", "training")[1]["generation"] == 4
+    train(load_run_config(folder), folder, resume=True, progress_bar=False)
+    assert_same_run(finished, folder)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "copy")
+    train(load_run_config(tmp_path / "copy"), tmp_path / "copy", resume=True, progress_bar=False)
+    assert_same_run(finished, tmp_path / "copy")
+
+
+def test_an_error_in_the_env_keeps_what_was_reached(tmp_path):
+    if "Fault-v0" not in registry:
+        register("Fault-v0", toy.FaultEnv, max_episode_steps=50, kwargs={"fault": "none"})
+    folder = tmp_path / "run"
+    with pytest.raises(
+        EpisodeError, match="generation 0, member 0, episode 0, step 3, seed .*reward is not finite: nan"
+    ):
+        train(config(env_id="Fault-v0", env_kwargs={"fault": "nan_reward"}), folder, progress_bar=False)
+    saved, about = load_tensors(folder / "training.safetensors", "training")
+    assert about["generation"] == 0 and all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_an_existing_folder_is_refused_unless_the_user_says_what_to_do(finished, tmp_path):
+    marker = tmp_path / "mine"
+    marker.mkdir()
+    (marker / "thesis.tex").write_text("precious")
+    with pytest.raises(RunFolderError, match="--resume.*--overwrite"):
+        train(config(), finished)
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        train(config(), marker, overwrite=True)
+    assert (marker / "thesis.tex").read_text() == "precious"
+    with pytest.raises(RunFolderError, match="no training.safetensors"):
+        train(config(), marker, resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="is a file"):
+        train(config(), tmp_path / "file")
+    with pytest.raises(RunFolderError, match="cannot write"):
+        train(config(), Path("/proc/none/run"))
+
+
+def test_a_checkpoint_of_another_network_does_not_fit(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "copy")
+    changed = config(eggroll={**config().eggroll, "policy_kwargs": {"net_arch": [5]}})
+    with pytest.raises(RunFolderError, match="does not fit"):
+        train(changed, tmp_path / "copy", resume=True)
+
+
+def test_training_files_are_refused_when_damaged(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "copy")
+    path = tmp_path / "copy" / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(RunFolderError, match="damaged"):
+        train(config(), tmp_path / "copy", resume=True)
+
+
+def test_best_is_what_evaluation_liked_best(finished):
+    evaluations = agents.read_evaluations(finished / "evaluations.npz")
+    means = [np.mean(e["returns"]) for e in evaluations]
+    _, about = load_tensors(finished / "best.safetensors", "policy")
+    assert about["timesteps"] == evaluations[int(np.argmax(means))]["timesteps"]
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_says_how_to_go_on_and_leaves_no_process(signum, status, tmp_path):
+    import psutil
+
+    command = [sys.executable, "-m", "eggroll_rl", "train", "CartPole-v1", "--output", str(tmp_path / "run")]
+    command += ["--n-workers", "2", "--total-timesteps", "100000000", "--eval-freq", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "run" / "progress.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) == 2
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    assert f"eggroll-rl train CartPole-v1 --output {tmp_path / 'run'} --resume" in errors
+    assert not psutil.wait_procs(workers, timeout=5)[1]
+    saved, about = load_tensors(tmp_path / "run" / "training.safetensors", "training")
+    assert about["generation"] >= 1 and saved

@@ -1,0 +1,55 @@
+import gc
+import warnings
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+
+from eggroll_rl.envs import env_factory
+from eggroll_rl.errors import ConfigError
+from eggroll_rl.evaluation import Agent, evaluate
+from eggroll_rl.policies import MlpPolicy
+from eggroll_rl.videos import record
+
+
+def agent(env_id, steps):
+    factory = env_factory(env_id, max_episode_steps=steps)
+    env = factory()
+    policy = MlpPolicy(env.observation_space, env.action_space, net_arch=[4], zero_last_layer=False)
+    return Agent("test", lambda obs: policy.predict(obs)[0], factory)
+
+
+def look(path):
+    with imageio.get_reader(path) as reader:
+        content = reader.get_meta_data(), [np.asarray(frame) for frame in reader]
+    with warnings.catch_warnings():
+        # imageio's reader leaves its pipes to the garbage collector.
+        warnings.simplefilter("ignore", ResourceWarning)
+        del reader
+        gc.collect()
+    return content
+
+
+@pytest.mark.parametrize(("env_id", "fps"), [("HalfCheetah-v5", 20), ("Pendulum-v1", 30)])
+def test_a_video_is_the_whole_episode_at_the_envs_frame_rate(env_id, fps, tmp_path):
+    subject = agent(env_id, 12)
+    video = record(subject, tmp_path / "folder" / "video.mp4", seed=3, progress_bar=False)
+    about, frames = look(video.path)
+    assert about["codec"] == "h264" and about["pix_fmt"].startswith("yuv420p")
+    assert about["fps"] == fps == video.fps
+    assert len(frames) == video.frames == 13  # the reset, then one per step
+    assert video.seconds == pytest.approx(13 / fps)
+    assert np.abs(frames[0].astype(float) - frames[-1]).max() > 50  # something moved
+    # Rendering did not change the episode.
+    assert video.episode_return == pytest.approx(evaluate(subject.predict, subject.factory, [3]).returns[0], abs=1e-4)
+    assert [path.name for path in video.path.parent.iterdir()] == ["video.mp4"]
+
+
+def test_gif_too(tmp_path):
+    video = record(agent("Pendulum-v1", 5), tmp_path / "video.gif", progress_bar=False)
+    assert len(look(video.path)[1]) == 6
+
+
+def test_other_formats_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"must end in \.mp4 or \.gif"):
+        record(agent("Pendulum-v1", 5), tmp_path / "video.avi")
