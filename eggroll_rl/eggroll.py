@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import gymnasium as gym
@@ -10,13 +9,14 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped, unwrap_vec_wrapper
 from tqdm.auto import tqdm
 
+from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks
 from eggroll_rl.envs import EnvFactory, EnvSource, env_factory, time_limit
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import EvolutionStrategy, check_population, check_positive, check_whole
@@ -26,17 +26,6 @@ from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
 from eggroll_rl.rollout import Generation, RolloutResult
 from eggroll_rl.vec_env import VecEnvEvaluator
 from eggroll_rl.workers import Evaluator, make_evaluator
-
-
-class GenerationCallback(BaseCallback):
-    """A callback that is asked once per generation and costs nothing per step: its ``on_step`` is never called."""
-
-    def on_generation_end(self) -> bool:
-        """Run after the update; return False to stop."""
-        return True
-
-    def _on_step(self) -> bool:
-        return True
 
 
 class EGGROLL(BaseAlgorithm):
@@ -272,7 +261,7 @@ class EGGROLL(BaseAlgorithm):
         """Train for at least ``total_timesteps`` env steps, counted over all members.
 
         :param callback: SB3 callbacks see a finished generation replayed in member order; one that says stop
-            ends the run before the update. A :class:`GenerationCallback` is asked once per generation instead
+            ends the run before the update. A ``GenerationCallback`` is asked once per generation instead
         :param log_interval: generations between logs
         :raises EpisodeError: an episode failed; nothing of its generation was used
         """
@@ -297,7 +286,7 @@ class EGGROLL(BaseAlgorithm):
                     bar.set_postfix(ep_rew_mean=f"{self.last_generation['ep_rew_mean']:.1f}")
                     if log_interval is not None and self._n_updates % log_interval == 0:
                         self.dump_logs()
-                    if not all(c.on_generation_end() for c in _generation_callbacks(callback)):
+                    if not all(c.on_generation_end() for c in generation_callbacks(callback)):
                         break
         finally:
             bar.close()
@@ -355,7 +344,7 @@ class EGGROLL(BaseAlgorithm):
         lengths = [int(length) for result in results for length in result.lengths.ravel()]
         returns = [float(sum_) for result in results for sum_ in result.returns.ravel()]
         episodes = [{"r": r, "l": length, "t": now} for r, length in zip(returns, lengths, strict=True)]
-        if _only_generation_callbacks(callback):
+        if only_generation_callbacks(callback):
             self.num_timesteps += sum(lengths)
             self.ep_info_buffer.extend(episodes)  # type: ignore[union-attr]
             return True
@@ -415,19 +404,3 @@ def find_optimizer(optimizer: str | type[torch.optim.Optimizer]) -> type[torch.o
         if name.lower() == optimizer.lower():
             return value
     raise ConfigError(f"optimizer must be one of {', '.join(known)}, got {optimizer!r}")
-
-
-def _leaves(callback: BaseCallback) -> Iterator[BaseCallback]:
-    if isinstance(callback, CallbackList):
-        for child in callback.callbacks:
-            yield from _leaves(child)
-    else:
-        yield callback
-
-
-def _generation_callbacks(callback: BaseCallback) -> list[GenerationCallback]:
-    return [leaf for leaf in _leaves(callback) if isinstance(leaf, GenerationCallback)]
-
-
-def _only_generation_callbacks(callback: BaseCallback) -> bool:
-    return all(isinstance(leaf, GenerationCallback) for leaf in _leaves(callback))

@@ -66,11 +66,16 @@ def episode_seeds(noise: Noise, n_eval_episodes: int) -> np.ndarray:
     return sequence.generate_state(n_pairs * n_eval_episodes).reshape(n_pairs, n_eval_episodes).repeat(2, axis=0)
 
 
+def load_generation(policy: MlpPolicy, generation: Generation) -> None:
+    """Bring a policy to the generation's mean and normalizer."""
+    policy.load_state_dict({name: torch.from_numpy(array) for name, array in generation.state.items()})
+
+
 @torch.no_grad()
 def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorEnv) -> RolloutResult:
     """Evaluate the slice of members that starts at ``first``.
 
-    :param policy: holds the generation's state already
+    :param policy: on the CPU, after :func:`load_generation`
     :param envs: ``slice_size`` sub-envs in ``AutoresetMode.DISABLED``, finished ones left alone
     :raises EpisodeError: an env raised, or gave a NaN or infinite reward or observation
     """

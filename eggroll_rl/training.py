@@ -18,8 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eggroll_rl import agents
+from eggroll_rl.callbacks import GenerationCallback
 from eggroll_rl.config import RunConfig
-from eggroll_rl.eggroll import EGGROLL, GenerationCallback
+from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory, read_toml
 from eggroll_rl.errors import ConfigError, RunFolderError
 from eggroll_rl.evaluation import Evaluation, evaluate

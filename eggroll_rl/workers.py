@@ -5,6 +5,7 @@ A worker is a fresh interpreter, not a fork, that never imports the caller's scr
 parameters, the normalizer's moments and bounds of slices, and sends back results.
 """
 
+import copy
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ from eggroll_rl.errors import ConfigError, EggrollError, EpisodeError, WorkerDie
 from eggroll_rl.es import one_thread
 from eggroll_rl.lowrank import Noise, slices
 from eggroll_rl.policies import MlpPolicy
-from eggroll_rl.rollout import Generation, RolloutResult, rollout
+from eggroll_rl.rollout import Generation, RolloutResult, load_generation, rollout
 
 
 class Evaluator(Protocol):
@@ -59,13 +60,14 @@ def count_workers(n_workers: int | None, noise: Noise) -> int:
 def make_evaluator(n_workers: int | None, policy: MlpPolicy, factory: EnvFactory, generation: Generation) -> Evaluator:
     """Return an evaluator with ``n_workers`` processes (0: none; None: one per core), at most one per slice."""
     n_workers = count_workers(n_workers, generation.noise)
+    policy = copy.deepcopy(policy).cpu()
     if n_workers == 0:
         return InProcessEvaluator(policy, factory, generation.noise.slice_size)
     return ProcessEvaluator(n_workers, policy, factory, generation.noise.slice_size)
 
 
 class InProcessEvaluator:
-    """Evaluate slice by slice in this process, with ``policy`` itself."""
+    """Evaluate slice by slice in this process, with a copy of the policy."""
 
     def __init__(self, policy: MlpPolicy, factory: EnvFactory, slice_size: int):
         self._policy = policy
@@ -73,6 +75,7 @@ class InProcessEvaluator:
 
     def evaluate(self, generation: Generation) -> list[RolloutResult]:
         """Return one result per slice, in slice order."""
+        load_generation(self._policy, generation)
         with one_thread(), mujoco_warnings_silenced():
             return [rollout(self._policy, generation, first, self._envs) for first in slices(generation.noise)]
 
@@ -230,7 +233,7 @@ def serve(fd: int) -> None:
                     message = connection.recv()
                     if isinstance(message, Generation):
                         generation = message
-                        policy.load_state_dict({name: torch.from_numpy(a) for name, a in generation.state.items()})
+                        load_generation(policy, generation)
                     else:
                         assert generation is not None
                         connection.send(rollout(policy, generation, message, envs))

@@ -19,8 +19,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_workers import digest
 
 from eggroll_rl import EGGROLL
+from eggroll_rl.callbacks import GenerationCallback
 from eggroll_rl.config import RunConfig
-from eggroll_rl.eggroll import GenerationCallback
 from eggroll_rl.envs import load_preset
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.evaluation import evaluate, load_agent

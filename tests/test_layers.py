@@ -10,7 +10,7 @@ LAYERS = [
     ["normalization", "policies"],
     ["serial_vector", "mujoco_vector", "envs", "rollout"],
     ["workers", "vec_env"],
-    ["eggroll"],
+    ["callbacks", "eggroll"],
     ["agents", "config", "evaluation", "training", "videos", "bench"],
     ["cli"],
 ]

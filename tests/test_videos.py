@@ -20,11 +20,11 @@ def agent(env_id, steps):
 
 
 def look(path):
-    with imageio.get_reader(path) as reader:
-        content = reader.get_meta_data(), [np.asarray(frame) for frame in reader]
     with warnings.catch_warnings():
         # imageio's reader leaves its pipes to the garbage collector.
         warnings.simplefilter("ignore", ResourceWarning)
+        with imageio.get_reader(path) as reader:
+            content = reader.get_meta_data(), [np.asarray(frame) for frame in reader]
         del reader
         gc.collect()
     return content
