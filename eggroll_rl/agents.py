@@ -8,7 +8,8 @@
     evaluations.npz         SB3's keys: timesteps, results, ep_lengths
     results.json            what came out, with seeds, versions and wall-clock
 
-Tensors and JSON: reading them executes nothing and imports nothing. Every file is written whole or not at all.
+Tensors and JSON: reading them executes nothing and imports nothing. Every file is written whole or not at all,
+but for the curve in ``progress.csv``, which grows by a line per generation.
 """
 
 import csv
@@ -16,6 +17,7 @@ import io
 import json
 import math
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,10 @@ from eggroll_rl.errors import EggrollError, RunFolderError
 from eggroll_rl.policies import LinearPolicy, MlpPolicy
 
 POLICIES: dict[str, type[MlpPolicy]] = {"MlpPolicy": MlpPolicy, "LinearPolicy": LinearPolicy}
+RUN_FILES = {
+    "config.toml", "policy.safetensors", "best.safetensors", "training.safetensors", "progress.csv",
+    "evaluations.npz", "results.json",
+}  # fmt: skip
 _FORMAT = "eggroll-rl"
 _VERSION = 1
 
@@ -47,11 +53,12 @@ def write_atomic(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunFolderError(f"cannot write {path}: {error.strerror}") from error
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+    if os.name == "posix":  # Windows opens no folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
 
 
 def save_tensors(path: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -169,6 +176,18 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomic(path, text.getvalue().encode())
 
 
+def append_csv(path: Path, row: dict[str, Any]) -> None:
+    """Add a row, and the header if the file is new."""
+    try:
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+    except OSError as error:
+        raise RunFolderError(f"cannot write {path}: {error.strerror}") from error
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Read rows, or none if there is no file; a last line cut off in the middle is left out."""
     if not path.exists():
@@ -195,8 +214,12 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
     """Read :func:`write_evaluations` back, or nothing if there is no file."""
     if not path.exists():
         return []
-    with np.load(path, allow_pickle=False) as file:
-        columns = [file[name].tolist() for name in ("timesteps", "results", "ep_lengths", "seconds")]
+    try:
+        # NumPy leaves a file open that it opened and could not read.
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            columns = [file[name].tolist() for name in ("timesteps", "results", "ep_lengths", "seconds")]
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise RunFolderError(f"{path} is damaged ({_one_line(error)}); without it the run can be resumed") from error
     return [
         dict(zip(("timesteps", "returns", "lengths", "seconds"), row, strict=True))
         for row in zip(*columns, strict=True)
@@ -213,9 +236,11 @@ def list_runs(root: Path = Path("agents")) -> list[tuple[Path, dict[str, Any]]]:
     runs = []
     for path in sorted(root.glob("*/*/results.json")):
         try:
-            runs.append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
+            results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # not ours to judge in a listing
+        if isinstance(results, dict):
+            runs.append((path.parent, results))
     return runs
 
 

@@ -11,7 +11,7 @@ from stable_baselines3.common.logger import configure
 from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import env_factory, load_preset, time_limit
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.workers import available_cores, make_evaluator
+from eggroll_rl.workers import available_cores, count_workers, make_evaluator
 
 
 def throughput(env_id: str, n_workers: int | None = None, repetitions: int = 5) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def throughput(env_id: str, n_workers: int | None = None, repetitions: int = 5) 
     import mujoco
     from mujoco import rollout
 
-    n_workers = n_workers or available_cores()
+    cores = n_workers or available_cores()
     factory = env_factory(env_id)
     env = factory()
     task: Any = env.unwrapped
@@ -37,7 +37,8 @@ def throughput(env_id: str, n_workers: int | None = None, repetitions: int = 5) 
     model = EGGROLL(settings.pop("policy", "MlpPolicy"), factory, seed=0, **settings)
     model.set_logger(configure(None, []))
 
-    size, horizon = model.population_size, time_limit(env)
+    capped = factory if model.max_episode_steps is None else factory.with_cap(model.max_episode_steps)
+    size, horizon = model.population_size, time_limit(capped())
     spec = mujoco.mjtState.mjSTATE_FULLPHYSICS
     states = np.empty((size, mujoco.mj_stateSize(task.model, spec)))
     for i, state in enumerate(states):
@@ -46,10 +47,11 @@ def throughput(env_id: str, n_workers: int | None = None, repetitions: int = 5) 
     low, high = env.action_space.low, env.action_space.high  # type: ignore[attr-defined]
     controls = np.random.default_rng(0).uniform(low, high, (size, horizon, task.model.nu))
     controls = controls.repeat(task.frame_skip, axis=1)
+    n_workers = count_workers(cores, size, model.slice_size)
     data = [mujoco.MjData(task.model) for _ in range(n_workers)]
 
     training, limit = [], []
-    evaluator = make_evaluator(n_workers, model.policy, factory, model.next_generation())
+    evaluator = make_evaluator(n_workers, model.policy, capped, model.slice_size)
     with evaluator, rollout.Rollout(nthread=n_workers) as pool, torch.no_grad():
         for repetition in range(repetitions + 1):
             started = time.perf_counter()

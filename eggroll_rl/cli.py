@@ -15,6 +15,18 @@ _OVERRIDES = {  # flags of `train` that are EGGROLL's own settings
 }  # fmt: skip
 
 
+class _Number(click.ParamType):
+    """A number, or text that a setting explains, such as lin_0.1."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | str:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(eggroll_rl.__version__, prog_name="eggroll-rl")
 def cli() -> None:
@@ -58,9 +70,9 @@ def _load(model: Path, best: bool, **options: Any) -> Any:
     help="Run folder. [default: agents/ENV/eggroll-seedSEED]",
 )
 @click.option("--population-size", type=int, help="Members per generation, even.")
-@click.option("--sigma", help="Noise scale; lin_X falls from X to 0.")
+@click.option("--sigma", type=_Number(), help="Noise scale; lin_X falls from X to 0.")
 @click.option("--rank", type=int, help="Rank of a weight's perturbation.")
-@click.option("--learning-rate", help="Step size; lin_X falls from X to 0.")
+@click.option("--learning-rate", type=_Number(), help="Step size; lin_X falls from X to 0.")
 @click.option("--n-eval-episodes", type=int, help="Training episodes per member.")
 @click.option("--fitness-shaping", help="centered_rank, standardize, none or best_fraction.")
 @click.option("--slice-size", type=int, help="Members evaluated together; part of the result.")
@@ -87,12 +99,12 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
     given = {name: value for name, value in flags.items() if value is not None and _was_given(context, name)}
     if resume:
         if output is None:
-            output = default_folder(env, flags["seed"])
+            output = default_folder(load_preset(env).get("env_id", env), flags["seed"])
         config = _resumed(load_run_config(output), env, given)
     else:
         table = load_preset(env)
-        table["eggroll"] = {**table.get("eggroll", {}), **{n: v for n, v in given.items() if n in _OVERRIDES}}
         config = RunConfig.from_dict({**table, **{n: v for n, v in given.items() if n not in _OVERRIDES}}, env)
+        config.eggroll.update({n: v for n, v in given.items() if n in _OVERRIDES})
         if output is None:
             output = default_folder(config.env_id, config.seed)
     module = config.env_id.rpartition(":")[0]
@@ -115,8 +127,7 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
 
 def default_folder(env_id: str, seed: int) -> Path:
     """Return ``agents/<ENV>/eggroll-seed<S>``."""
-    name = Path(env_id).stem if env_id.endswith(".toml") else env_id
-    return Path("agents") / name.replace("/", "-").replace(":", "-") / f"eggroll-seed{seed}"
+    return Path("agents") / env_id.replace("/", "-").replace(":", "-") / f"eggroll-seed{seed}"
 
 
 def _was_given(context: click.Context, name: str) -> bool:
@@ -125,7 +136,7 @@ def _was_given(context: click.Context, name: str) -> bool:
 
 def _resumed(config: Any, env: str, given: dict[str, Any]) -> Any:
     """Apply the flags that may change in a resumed run, and refuse the others."""
-    free = {"n_workers", "eval_freq", "eval_episodes", "checkpoint_every"}
+    free = {"n_workers", "eval_freq", "checkpoint_every", "total_timesteps"}
     stored = {**vars(config), **config.eggroll}
     for name, value in given.items():
         if name in free:
@@ -204,11 +215,15 @@ def list_() -> None:
 
     click.echo("presets")
     for name, path in list_presets().items():
-        click.echo(f"  {name:<28} {read_toml(path).get('total_timesteps', 0):>12,} steps   {path}")
+        try:
+            click.echo(f"  {name:<28} {read_toml(path).get('total_timesteps', 0):>12,} steps   {path}")
+        except ConfigError as error:
+            click.echo(f"  {name:<28} {error}")
     click.echo("agents")
     for folder, results in list_runs():
-        evaluation = results.get("evaluation", {})
-        click.echo(f"  {folder!s:<44} {evaluation.get('mean_return', float('nan')):>10.2f}")
+        evaluation = results.get("evaluation")
+        mean = evaluation.get("mean_return") if isinstance(evaluation, dict) else None
+        click.echo(f"  {folder!s:<44} {mean if isinstance(mean, float) else float('nan'):>10.2f}")
 
 
 @cli.group()
@@ -245,6 +260,8 @@ def main() -> None:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "")
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except (ConfigError, ConsentError, RunFolderError, RenderError) as error:

@@ -77,6 +77,9 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None or name not in {"n_workers", "eval_freq", "max_episode_steps"}:
                 check_whole(name, value, least)
+        for name, kind in (("env_kwargs", dict), ("wrappers", list), ("eggroll", dict)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
         _check_names(self.eggroll, EGGROLL_SETTINGS, "[eggroll]")
 
     @classmethod
@@ -111,6 +114,23 @@ class RunConfig:
             raise ConfigError(f"{self.env_id!r} needs code from {module!r}: allow it with --gym-packages {module}")
         wrappers = resolve_wrappers(self.wrappers, gym_packages)
         return env_factory(env_id, self.env_kwargs, self.max_episode_steps, wrappers)
+
+    def resolve(self, model: EGGROLL) -> None:
+        """Write down every setting that ``model`` uses, so that a later default changes nothing."""
+        defaults = inspect.signature(EGGROLL.__init__).parameters
+        settings = {name: self.eggroll.get(name, defaults[name].default) for name in EGGROLL_SETTINGS}
+        policy_kwargs = model.policy._get_constructor_parameters()
+        policy_kwargs["activation_fn"] = policy_kwargs["activation_fn"].__name__
+        settings["policy"] = type(model.policy).__name__
+        settings["policy_kwargs"] = {n: v for n, v in policy_kwargs.items() if not n.endswith("_space")}
+        settings["optimizer"] = model.optimizer.__name__
+        settings["device"] = str(settings["device"])
+        self.eggroll = {name: value for name, value in settings.items() if value is not None}
+
+    def of_the_result(self) -> dict[str, Any]:
+        """Return the settings that a resumed run must share: all that decide the next generation."""
+        names = ("env_id", "env_kwargs", "wrappers", "max_episode_steps", "seed", "eggroll")
+        return {name: getattr(self, name) for name in names}
 
     def model(self, factory: EnvFactory) -> EGGROLL:
         """Return the untrained model."""

@@ -1,5 +1,6 @@
 """``EGGROLL``: low-rank evolution strategies as a Stable-Baselines3 algorithm."""
 
+import math
 import sys
 import time
 from typing import Any, ClassVar, Self
@@ -12,7 +13,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, safe_mean
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, check_for_correct_spaces, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped, unwrap_vec_wrapper
 from tqdm.auto import tqdm
 
@@ -25,7 +26,7 @@ from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
 from eggroll_rl.rollout import Generation, RolloutResult
 from eggroll_rl.vec_env import VecEnvEvaluator
-from eggroll_rl.workers import Evaluator, make_evaluator
+from eggroll_rl.workers import Evaluator, count_workers, make_evaluator
 
 
 class EGGROLL(BaseAlgorithm):
@@ -115,6 +116,7 @@ class EGGROLL(BaseAlgorithm):
         self.max_grad_norm = max_grad_norm
         self.slice_size = slice_size
         self.n_workers = n_workers
+        self.seed = seed
         self.noise_seed = seed
         learning_rate = make_schedule("learning_rate", learning_rate)
         self._check_settings()
@@ -122,10 +124,11 @@ class EGGROLL(BaseAlgorithm):
             raise ConfigError(f"policy must be one of {', '.join(self.policy_aliases)} or a class, got {policy!r}")
 
         self.last_generation: dict[str, float] = {}
-        self._factory: EnvFactory | None = None
+        made, factory = self._make_env(env, env_kwargs)
+        self._factory = factory
         super().__init__(
             policy=policy,
-            env=self._native(env, env_kwargs),
+            env=made,
             learning_rate=learning_rate,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
@@ -136,8 +139,6 @@ class EGGROLL(BaseAlgorithm):
             seed=seed,
             supported_action_spaces=(spaces.Box, spaces.Discrete),
         )
-        if self.env is not None:
-            self._refuse_vec_normalize(self.env)
         if _init_setup_model:
             self._setup_model()
 
@@ -152,44 +153,63 @@ class EGGROLL(BaseAlgorithm):
             check_positive("max_grad_norm", self.max_grad_norm)
         if self.noise_seed is not None:
             check_whole("seed", self.noise_seed, 0)
+        if self.seed is not None and self.seed >= 2**32:
+            raise ConfigError(f"seed must be below 2**32, as SB3 seeds NumPy with it, got {self.seed}")
+        number = isinstance(self.alive_bonus_offset, int | float) and not isinstance(self.alive_bonus_offset, bool)
+        if not number or not math.isfinite(self.alive_bonus_offset):
+            raise ConfigError(f"alive_bonus_offset must be a finite number, got {self.alive_bonus_offset!r}")
         make_fitness_shaping(self.fitness_shaping, self.best_fraction)
 
     # The env --------------------------------------------------------------------------------------------
 
-    def _native(self, env: Any, env_kwargs: dict[str, Any] | None = None) -> GymEnv | None:
-        """Note how to rebuild the env, and make one for its spaces; a ready-made env passes through."""
-        self._factory = None
+    def _make_env(self, env: Any, env_kwargs: dict[str, Any] | None) -> tuple[GymEnv | None, EnvFactory | None]:
+        """Return an env for SB3 and how to rebuild it in training, or a ready-made env and None."""
         if env is None or isinstance(env, gym.Env | VecEnv):
-            if env_kwargs:
-                raise ConfigError("env_kwargs are for an env given by id; this one is already made")
-            return env
+            for name, value in (("env_kwargs", env_kwargs), ("max_episode_steps", env and self.max_episode_steps)):
+                if value:
+                    raise ConfigError(f"{name} needs an env given by id or function; this one is already made")
+            if isinstance(env, VecEnv):
+                self._refuse_vec_normalize(env)
+            return env, None
         factory = env_factory(env, env_kwargs)
-        if self.max_episode_steps is not None:
-            factory = factory.with_cap(self.max_episode_steps)
+        training = factory if self.max_episode_steps is None else factory.with_cap(self.max_episode_steps)
         made = factory()
-        time_limit(made)
         check_spaces(made.observation_space, made.action_space)
-        self._factory = factory
-        return made
+        try:
+            time_limit(made)
+        except ConfigError:
+            # The cap is for training only, unless nothing else ends an episode.
+            made = training()
+            time_limit(made)
+        return made, training
 
-    def set_env(self, env: EnvSource | EnvFactory | GymEnv, force_reset: bool = True) -> None:
+    def set_env(
+        self,
+        env: EnvSource | EnvFactory | GymEnv,
+        force_reset: bool = True,
+        env_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         """Continue on another env with the same spaces, given in any form that the constructor takes."""
-        made = self._native(env)
+        made, factory = self._make_env(env, env_kwargs)
         assert made is not None
-        if isinstance(made, VecEnv):
-            self._refuse_vec_normalize(made)
-        super().set_env(made, force_reset=force_reset)
+        wrapped = self._wrap_env(made, self.verbose)
+        check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
+        self.n_envs = wrapped.num_envs  # nothing here depends on it, unlike in algorithms with a rollout buffer
+        super().set_env(wrapped, force_reset=force_reset)
+        self._factory = factory
 
     @classmethod
-    def load(cls, path: Any, env: Any = None, **kwargs: Any) -> Self:  # type: ignore[override]
+    def load(cls, path: Any, env: Any = None, device: Any = "cpu", **kwargs: Any) -> Self:  # type: ignore[override]
         """Load a zip written by :meth:`save`, as in SB3; ``env`` in any form that the constructor takes.
 
         SB3's zip is unpickled and may execute code: load only files that you trust.
+
+        :param kwargs: further arguments of SB3's ``load``, and settings to change
         """
-        ready_made = env is None or isinstance(env, gym.Env | VecEnv)
-        model = super().load(path, env=env if ready_made else None, **kwargs)
-        if not ready_made:
-            model.set_env(env)
+        env_kwargs = kwargs.pop("env_kwargs", None)
+        model = super().load(path, env=None, device=device, **kwargs)
+        if env is not None:
+            model.set_env(env, env_kwargs=env_kwargs)
         return model
 
     @staticmethod
@@ -204,6 +224,10 @@ class EGGROLL(BaseAlgorithm):
     # SB3's contract -------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
+        # load() may have put changed settings in place of the checked ones.
+        self.sigma = make_schedule("sigma", self.sigma)
+        self.optimizer = find_optimizer(self.optimizer)
+        self._check_settings()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         if self.noise_seed is None:
@@ -211,7 +235,10 @@ class EGGROLL(BaseAlgorithm):
         # The initial policy follows from noise_seed, and the global generators stay as SB3's contract has them.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.noise_seed % 2**63)
-            policy = self.policy_class(self.observation_space, self.action_space, **self.policy_kwargs)
+            try:
+                policy = self.policy_class(self.observation_space, self.action_space, **self.policy_kwargs)
+            except TypeError as error:
+                raise ConfigError(f"policy_kwargs {self.policy_kwargs}: {error}") from error
         if not isinstance(policy, MlpPolicy):
             raise ConfigError(f"policy must be a subclass of eggroll_rl.policies.MlpPolicy, got {self.policy_class}")
         self.policy = policy.to(self.device)
@@ -239,7 +266,7 @@ class EGGROLL(BaseAlgorithm):
         return max(self._current_progress_remaining, 1e-6)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_es"]
+        return [*super()._excluded_save_params(), "_es", "_factory"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
@@ -278,7 +305,7 @@ class EGGROLL(BaseAlgorithm):
             unit_scale=True, disable=not progress_bar, file=sys.stderr,
         )  # fmt: skip
         try:
-            with self._make_evaluator(callback) as evaluator:
+            with self._make_evaluator() as evaluator:
                 while self.num_timesteps < total_timesteps:
                     if not self._run_generation(evaluator, callback, total_timesteps):
                         break
@@ -325,14 +352,14 @@ class EGGROLL(BaseAlgorithm):
         state = {name: tensor.cpu().numpy() for name, tensor in self.policy.state_dict().items()}
         return Generation(self._es.ask().noise, state, self.n_eval_episodes)
 
-    def _make_evaluator(self, callback: BaseCallback) -> Evaluator:
+    def _make_evaluator(self) -> Evaluator:
         assert self.env is not None
         if self._factory is None:
             self._say("compatible mode: this env is stepped as it is, in this process, with fewer guarantees")
             return VecEnvEvaluator(self.policy, self.env)
-        evaluator = make_evaluator(self.n_workers, self.policy, self._factory, self.next_generation())
-        self._say(f"native mode: {self._factory.describe_vector()}, {type(evaluator).__name__}")
-        return evaluator
+        n_workers = count_workers(self.n_workers, self.population_size, self.slice_size)
+        self._say(f"native mode: {self._factory.describe_vector()}, {n_workers} worker processes")
+        return make_evaluator(n_workers, self.policy, self._factory, self.slice_size)
 
     def _say(self, text: str) -> None:
         if self.verbose:
@@ -341,25 +368,29 @@ class EGGROLL(BaseAlgorithm):
     def _count_steps(self, results: list[RolloutResult], callback: BaseCallback) -> bool:
         """Count the steps and fill the episode buffer, replaying them for callbacks that look at steps."""
         now = round(time.time_ns() / 1e9 - self.start_time / 1e9, 6)
-        lengths = [int(length) for result in results for length in result.lengths.ravel()]
-        returns = [float(sum_) for result in results for sum_ in result.returns.ravel()]
-        episodes = [{"r": r, "l": length, "t": now} for r, length in zip(returns, lengths, strict=True)]
+        lengths = np.concatenate([result.lengths.ravel() for result in results])
+        returns = np.concatenate([result.returns.ravel() for result in results])
+        successes = np.concatenate([result.successes.ravel() for result in results])
+        infos: list[dict[str, Any]] = []
+        for r, length, success in zip(returns.tolist(), lengths.tolist(), successes.tolist(), strict=True):
+            known = {} if math.isnan(success) else {"is_success": bool(success)}
+            infos.append({"episode": {"r": r, "l": length, "t": now}, **known})
         if only_generation_callbacks(callback):
-            self.num_timesteps += sum(lengths)
-            self.ep_info_buffer.extend(episodes)  # type: ignore[union-attr]
+            self.num_timesteps += int(lengths.sum())
+            self._update_info_buffer(infos, np.ones(len(infos), dtype=bool))
             return True
-        for episode, length in zip(episodes, lengths, strict=True):
-            for step in range(1, length + 1):
-                ended = step == length
-                # The names that SB3's callbacks look up in their locals.
-                dones = np.array([ended])
-                infos: list[dict[str, Any]] = [{"episode": episode} if ended else {}]
-                self.num_timesteps += 1
-                if ended:
-                    self._update_info_buffer(infos, dones)
-                callback.update_locals({"dones": dones, "infos": infos, "self": self})
-                if not callback.on_step():
-                    return False
+        # One after the other, as a VecEnv of this size would have shown them.
+        assert self.env is not None
+        stride, ends = self.env.num_envs, dict(zip(np.cumsum(lengths).tolist(), infos, strict=True))
+        for step in range(0, int(lengths.sum()), stride):
+            shown = [ends.get(step + i, {}) for i in range(1, stride + 1)]
+            dones = np.array(["episode" in info for info in shown])
+            self.num_timesteps += stride
+            self._update_info_buffer(shown, dones)
+            # The names that SB3's callbacks look up.
+            callback.update_locals({"dones": dones, "infos": shown, "self": self})
+            if not callback.on_step():
+                return False
         return True
 
     def dump_logs(self) -> None:
@@ -368,6 +399,8 @@ class EGGROLL(BaseAlgorithm):
         if self.ep_info_buffer:
             self.logger.record("rollout/ep_rew_mean", safe_mean([e["r"] for e in self.ep_info_buffer]))
             self.logger.record("rollout/ep_len_mean", safe_mean([e["l"] for e in self.ep_info_buffer]))
+        if self.ep_success_buffer:
+            self.logger.record("rollout/success_rate", safe_mean(self.ep_success_buffer))
         self.logger.record("time/iterations", self._n_updates, exclude="tensorboard")
         self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / seconds))
         self.logger.record("time/time_elapsed", int(seconds), exclude="tensorboard")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import gymnasium.wrappers as gym_wrappers
 from gymnasium.envs.registration import EnvSpec, registry
 from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import TimeLimit
@@ -20,6 +21,10 @@ from eggroll_rl.es import check_whole
 from eggroll_rl.mujoco_vector import MujocoVectorEnv, vector_task
 from eggroll_rl.serial_vector import SerialVectorEnv
 
+_PURE_WRAPPERS = (
+    gym.ObservationWrapper, gym.ActionWrapper, gym.RewardWrapper,
+    gym_wrappers.FrameStackObservation, gym_wrappers.MaxAndSkipObservation, TimeLimit,
+)  # fmt: skip
 EnvSource = str | EnvSpec | Callable[[], gym.Env]
 
 
@@ -55,8 +60,9 @@ class EnvFactory:
                         disable_env_checker=True,
                         **kwargs,
                     )
-                except (gym.error.Error, TypeError) as error:
-                    raise ConfigError(f"cannot make {self.source.id}: {_one_line(error)}") from error
+                except Exception as error:  # a constructor of anybody's
+                    what = f"{type(error).__name__}: {_one_line(error)}"
+                    raise ConfigError(f"cannot make {self.source.id} with {kwargs}: {what}") from error
             else:
                 env = self.source(**kwargs)
                 if not isinstance(env, gym.Env):
@@ -64,14 +70,19 @@ class EnvFactory:
                 if self.max_episode_steps is not None:
                     env = TimeLimit(env, self.max_episode_steps)
         for wrapper, wrapper_kwargs in self.wrappers:
-            env = wrapper(env, **wrapper_kwargs)
+            try:
+                env = wrapper(env, **wrapper_kwargs)
+            except Exception as error:
+                raise ConfigError(f"wrapper {wrapper.__name__} refuses {wrapper_kwargs}: {_one_line(error)}") from error
         return env if self.episode_cap is None else TimeLimit(env, self.episode_cap)
 
     def vector(self, num_envs: int) -> VectorEnv:
         """Make ``num_envs`` of them as one vector env, on ``mujoco.batch`` where the task qualifies."""
         task = self._vector_task()
         if task is None:
-            return SerialVectorEnv([self] * num_envs)
+            envs = SerialVectorEnv([self] * num_envs)
+            time_limit(envs.envs[0])
+            return envs
         env = self()
         return task(env, num_envs, time_limit(env))
 
@@ -130,9 +141,11 @@ def find_spec(env_id: str) -> EnvSpec:
 
 
 def time_limit(env: gym.Env) -> int:
-    """Return the env's time limit in steps, from its ``TimeLimit`` wrappers.
+    """Return the env's time limit in steps: that of its ``TimeLimit`` wrappers, or else one of its own.
 
-    :raises ConfigError: there is none, so an episode might never end
+    An env that truncates by itself is recognised by running it with random actions for a while.
+
+    :raises ConfigError: there is none to be seen, so an episode might never end
     """
     limits = []
     layer: Any = env
@@ -140,6 +153,8 @@ def time_limit(env: gym.Env) -> int:
         if isinstance(layer, TimeLimit):
             limits.append(layer._max_episode_steps)
         layer = layer.env
+    if not limits and (own := _first_truncation(env)):
+        return own
     if not limits:
         name = env.spec.id if env.spec else type(layer).__name__
         raise ConfigError(
@@ -147,6 +162,21 @@ def time_limit(env: gym.Env) -> int:
             "or wrap it in gymnasium.wrappers.TimeLimit"
         )
     return min(limits)
+
+
+def _first_truncation(env: gym.Env, steps: int = 5000) -> int | None:
+    env.action_space.seed(0)
+    length = 0
+    env.reset(seed=0)
+    for _ in range(steps):
+        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        length += 1
+        if truncated:
+            return length
+        if terminated:
+            env.reset()
+            length = 0
+    return None
 
 
 @contextmanager
@@ -208,19 +238,22 @@ def resolve_wrappers(
 ) -> tuple[tuple[type[gym.Wrapper], dict[str, Any]], ...]:
     """Turn ``[[wrappers]]`` tables (``name`` and keyword arguments) into classes.
 
-    Only modules of Gymnasium, and of packages that the caller names, are imported: a run folder may come from
-    a stranger.
+    Only Gymnasium's wrappers of observations, actions and rewards are allowed, and what lies in packages that
+    the caller names: a run folder may come from a stranger, and ``RecordVideo``, say, writes where it is told.
 
     :raises ConfigError: a wrapper is not there, or its package was not named
     """
     wrappers = []
+    named = {package.split(".")[0] for package in gym_packages}
     for entry in entries:
+        if not isinstance(entry, dict):
+            raise ConfigError(f"wrappers must be tables with name = 'module.Class', got {entry!r}")
         kwargs = dict(entry)
         dotted = kwargs.pop("name", None)
         if not isinstance(dotted, str) or "." not in dotted:
             raise ConfigError(f"a wrapper needs name = 'module.Class', got {entry!r}")
         module, _, name = dotted.rpartition(".")
-        if module.split(".")[0] not in {"gymnasium", *(package.split(".")[0] for package in gym_packages)}:
+        if module.split(".")[0] not in {"gymnasium", *named}:
             raise ConfigError(f"wrapper {dotted!r} is outside Gymnasium: allow it with --gym-packages {module}")
         try:
             wrapper = getattr(importlib.import_module(module), name)
@@ -228,6 +261,8 @@ def resolve_wrappers(
             raise ConfigError(f"wrapper {dotted!r} does not exist ({_one_line(error)})") from error
         if not (isinstance(wrapper, type) and issubclass(wrapper, gym.Wrapper)):
             raise ConfigError(f"wrapper {dotted!r} is not a gymnasium.Wrapper")
+        if not issubclass(wrapper, _PURE_WRAPPERS) and module.split(".")[0] not in named:
+            raise ConfigError(f"wrapper {dotted!r} may do more than transform: allow it with --gym-packages gymnasium")
         wrappers.append((wrapper, kwargs))
     return tuple(wrappers)
 

@@ -122,13 +122,20 @@ class EvolutionStrategy:
         self._learning_rate = learning_rate
         self._parameters = {p.name: p.parameter for p in perturbed_parameters(module)}
         self._population: Population | None = None
+        for name, value in (("sigma", sigma), ("learning_rate", learning_rate)):
+            if not callable(value):
+                check_positive(name, value)
         kwargs = {"lr": self.learning_rate, **(optimizer_kwargs or {})}
         if "weight_decay" in inspect.signature(optimizer).parameters:
             kwargs.setdefault("weight_decay", weight_decay)
         elif weight_decay:
             raise ConfigError(f"weight_decay={weight_decay!r}: {optimizer.__name__} has no weight decay")
-        self.optimizer = optimizer(list(self._parameters.values()), **kwargs)
-        check_positive("sigma", self.sigma)
+        if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise ConfigError(f"optimizer {optimizer.__name__} evaluates a loss itself, which evolution has not")
+        try:
+            self.optimizer = optimizer(list(self._parameters.values()), **kwargs)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"optimizer {optimizer.__name__} refuses its settings: {error}") from error
 
     @property
     def sigma(self) -> float:
@@ -138,16 +145,14 @@ class EvolutionStrategy:
     @property
     def learning_rate(self) -> float:
         """Step size of the current generation."""
-        value = self._learning_rate(self.generation) if callable(self._learning_rate) else self._learning_rate
-        check_positive("learning_rate", value)
-        return value
+        return self._learning_rate(self.generation) if callable(self._learning_rate) else self._learning_rate
 
     def ask(self) -> Population:
         """Return the current generation's members; the same ones until :meth:`tell`."""
-        if self._population is None:
-            sigma = self.sigma
-            check_positive("sigma", sigma)
-            noise = Noise(self.seed, self.generation, self.population_size, sigma, self.rank, self.slice_size)
+        sigma = self.sigma
+        check_positive("sigma", sigma)
+        noise = Noise(self.seed, self.generation, self.population_size, sigma, self.rank, self.slice_size)
+        if self._population is None or self._population.noise != noise:
             self._population = Population(self.module, noise)
         return self._population
 
@@ -235,7 +240,10 @@ class EvolutionStrategy:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if not all(parameter.isfinite().all() for parameter in self._parameters.values()):
+        changed: list[Tensor] = [*self._parameters.values()]
+        for entry in self.optimizer.state.values():
+            changed += [value for value in entry.values() if isinstance(value, Tensor)]
+        if not all(tensor.isfinite().all() for tensor in changed):
             self._set_parameters(before)
             self.optimizer.load_state_dict(optimizer_state)
             raise NonFiniteError(f"the step of generation {self.generation} is not finite: nothing was updated")

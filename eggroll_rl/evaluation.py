@@ -1,6 +1,7 @@
 """Evaluate and load trained agents: our run folders, and what SB3's ``save`` wrote."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ _BATCH = 32  # sub-envs at once
 class Agent:
     """A policy and its task.
 
-    :param predict: observations (n, ...) to actions (n, ...), deterministic
+    :param predict: observations (n, ...) to actions (n, ...), deterministic, for n up to 32
     :param factory: builds the env it was trained on
     """
 
@@ -60,6 +61,21 @@ class Evaluation:
         }
 
 
+def batched(predict: Predict) -> Predict:
+    """Call ``predict`` with a constant number of rows, padded.
+
+    Floating point rounds differently for another batch, and MuJoCo makes another episode of it: this way the
+    episode of a seed is the same alone, among others, and in a video.
+    """
+
+    def constant(obs: np.ndarray) -> np.ndarray:
+        padded = np.zeros((_BATCH, *obs.shape[1:]), obs.dtype)
+        padded[: len(obs)] = obs
+        return predict(padded)[: len(obs)]
+
+    return constant
+
+
 def evaluate(predict: Predict, factory: EnvFactory, seeds: Sequence[int]) -> Evaluation:
     """Run one episode per reset seed with the env's own reward.
 
@@ -85,6 +101,13 @@ def _episodes(predict: Predict, envs: Any, seeds: list[int], returns: np.ndarray
     obs, _ = envs.reset(seed=seeds + [None] * idle, options={"reset_mask": active})
     while active.any():
         obs, rewards, terminations, truncations, _ = envs.step(predict(obs))
+        bad = active & ~(np.isfinite(rewards) & np.isfinite(obs.reshape(len(obs), -1)).all(axis=1))
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise EpisodeError(
+                f"evaluation, seed {seeds[row]}, step {int(lengths[row]) + 1}: "
+                f"the env's reward or observation is not finite (reward {rewards[row]})"
+            )
         returns[: len(seeds)] += rewards[: len(seeds)]
         lengths[: len(seeds)] += active[: len(seeds)]
         active &= ~(terminations | truncations)
@@ -119,7 +142,12 @@ def load_agent(
     if env_id is not None:
         config.env_id = env_id
     policy = load_policy(path / f"{which}.safetensors")
-    return Agent(f"{path.name}", lambda obs: policy.predict(obs)[0], config.factory(gym_packages))
+    factory = config.factory(gym_packages)
+    if env_id is not None:
+        with closing(factory()) as env:
+            if (env.observation_space, env.action_space) != (policy.observation_space, policy.action_space):
+                raise ConfigError(f"{env_id} has other spaces than {path} was trained on")
+    return Agent(path.name, batched(lambda obs: policy.predict(obs)[0]), factory)
 
 
 def _load_sb3(
@@ -150,11 +178,15 @@ def _load_sb3(
             beside = (path.with_name("vecnormalize.pkl"), path.with_suffix("") / "vecnormalize.pkl")
             vec_normalize = next((candidate for candidate in beside if candidate.exists()), None)
         if vec_normalize is None:
-            return Agent(path.stem, lambda obs: model.predict(obs, deterministic=True)[0], factory)
+            return Agent(path.stem, batched(lambda obs: model.predict(obs, deterministic=True)[0]), factory)
         statistics = VecNormalize.load(str(vec_normalize), DummyVecEnv([factory]))
     except Exception as error:  # anything can come out of a pickle
         raise RunFolderError(f"cannot load {path} as {algo}: {type(error).__name__}: {error}") from error
-    return Agent(path.stem, lambda obs: model.predict(statistics.normalize_obs(obs), deterministic=True)[0], factory)
+
+    def predict(obs: np.ndarray) -> np.ndarray:
+        return model.predict(statistics.normalize_obs(obs), deterministic=True)[0]
+
+    return Agent(path.stem, batched(predict), factory)
 
 
 def find_algorithm(name: str) -> Any:

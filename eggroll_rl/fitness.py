@@ -1,7 +1,7 @@
 """Fitness shaping: fitness (N,) to utilities (N,), both float64; higher is better.
 
 Members 2k and 2k+1 are an antithetic pair. Every function here gives a population without differences a zero
-update, and is unchanged when the population is permuted pair by pair.
+update. Permuting the pairs permutes the utilities (for :func:`best_fraction`, up to ties at its edge).
 """
 
 from collections.abc import Callable

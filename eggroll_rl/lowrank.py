@@ -106,14 +106,14 @@ def perturbed_parameters(module: nn.Module) -> list[Perturbed]:
     """
     matrices: set[int] = set()
     for path, layer in module.named_modules():
-        own = list(layer.parameters(recurse=False))
-        if type(layer) is nn.Linear:
+        own = dict(layer.named_parameters(recurse=False))
+        if type(layer) is nn.Linear and not _is_altered(layer, set(own)):
             matrices.add(id(layer.weight))
         elif own or _mixes_members(layer):
             name = path or "the module itself"
             raise UnsupportedModuleError(
                 f"cannot perturb {name!r} ({type(layer).__name__}): "
-                "supported are Linear layers and activations without parameters"
+                "supported are plain Linear layers and activations without parameters"
             )
     found = [
         Perturbed(name, index, parameter, id(parameter) in matrices)
@@ -123,6 +123,11 @@ def perturbed_parameters(module: nn.Module) -> list[Perturbed]:
     if not found:
         raise UnsupportedModuleError("the module has no parameter that requires grad: there is nothing to optimise")
     return found
+
+
+def _is_altered(layer: nn.Linear, own: set[str]) -> bool:
+    # Weight norm keeps other parameters and computes the weight in a hook; the batched form runs no hooks.
+    return not own <= {"weight", "bias"} or bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _mixes_members(layer: nn.Module) -> bool:

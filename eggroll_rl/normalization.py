@@ -110,6 +110,8 @@ class ObsNormalizer(nn.Module):
     def _refresh_scale(self) -> None:
         if self.count > 0:
             self.scale.copy_(torch.rsqrt(self.m2 / self.count + self.epsilon))
+        else:
+            self.scale.fill_(1.0)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -5,13 +5,13 @@
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_flattened_obs_dim, preprocess_obs
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space, preprocess_obs
 from torch import Tensor, nn
 
 from eggroll_rl.errors import ConfigError
@@ -26,6 +26,13 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     if not isinstance(observation_space, OBSERVATION_SPACES):
         known = ", ".join(space.__name__ for space in OBSERVATION_SPACES)
         raise ConfigError(f"observation space {observation_space} is not supported; supported are {known}")
+    if is_image_space(observation_space):
+        # SB3 transposes images in its own env but not in ours: the same weights would see two things.
+        raise ConfigError(f"observation space {observation_space} is an image: wrap the env in FlattenObservation")
+    if isinstance(observation_space, spaces.MultiDiscrete) and (
+        observation_space.nvec.ndim > 1 or np.any(observation_space.start)
+    ):
+        raise ConfigError(f"observation space {observation_space} must be one-dimensional and start at 0")
     if isinstance(action_space, spaces.Box):
         if not np.isfinite(action_space.low).all() or not np.isfinite(action_space.high).all():
             raise ConfigError(
@@ -120,6 +127,9 @@ class MlpPolicy(BasePolicy):
     def encode(self, obs: Tensor) -> Tensor:
         """Flatten observations (N, ...) to (N, I): Box as it is, the discrete spaces one-hot."""
         if not isinstance(self.observation_space, spaces.Box):
+            if isinstance(self.observation_space, spaces.Discrete):
+                # SB3's one-hot counts from 0. Rows of an env that was never reset hold 0, whatever the start.
+                obs = (obs - int(self.observation_space.start)).clamp(0, int(self.observation_space.n) - 1)
             obs = preprocess_obs(obs, self.observation_space)  # type: ignore[assignment]
         return obs.flatten(1)
 
@@ -147,6 +157,11 @@ class MlpPolicy(BasePolicy):
             # predict() of the base class maps squashed actions onto the bounds itself.
             return self.network(self.features(self.encode(observation))).tanh()
         return self(observation)
+
+    def replica(self) -> Self:
+        """Return a policy of the same architecture on the CPU, without the optimizer; its state is not copied."""
+        with torch.random.fork_rng(devices=[]):
+            return type(self)(**self._get_constructor_parameters())
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {

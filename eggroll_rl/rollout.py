@@ -48,6 +48,7 @@ class RolloutResult:
 
     :param returns: (N, E) sums of rewards, float64
     :param lengths: (N, E) env steps
+    :param successes: (N, E) 1 or 0 where the env's last info says ``is_success``, else NaN
     :param moments: of the observations that each member acted on
     :param idle_steps: env steps made and not used: none but in the compatible mode
     """
@@ -55,6 +56,7 @@ class RolloutResult:
     first: int
     returns: np.ndarray
     lengths: np.ndarray
+    successes: np.ndarray
     moments: Moments
     idle_steps: int = 0
 
@@ -86,6 +88,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
 
     returns_NE = np.zeros((n_members, n_episodes))
     lengths_NE = np.zeros((n_members, n_episodes), dtype=np.int64)
+    successes_NE = np.full((n_members, n_episodes), np.nan)
     # Of the running episode:
     episode_N = np.zeros(size, dtype=np.int64)
     return_N, length_N = np.zeros(size), np.zeros(size, dtype=np.int64)
@@ -117,7 +120,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                     moments.add(seen_TNI, active_TN)
                     t = 0
                 actions = policy.actions(members(policy.features(encoded)))
-                obs, rewards, terminations, truncations, _ = envs.step(actions.numpy())
+                obs, rewards, terminations, truncations, infos = envs.step(actions.numpy())
                 return_N += rewards
                 length_N += active_N
                 _check_finite(rewards, active_N, "reward", episode_error)
@@ -128,6 +131,9 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                     rows = np.flatnonzero(ended_N)
                     returns_NE[rows, episode_N[rows]] = return_N[rows]
                     lengths_NE[rows, episode_N[rows]] = length_N[rows]
+                    if "is_success" in infos:
+                        told = rows[infos["_is_success"][rows]]
+                        successes_NE[told, episode_N[told]] = infos["is_success"][told]
                     return_N[rows], length_N[rows] = 0, 0
                     episode_N[rows] += 1
                     active_N = active_N & (episode_N < n_episodes)
@@ -137,7 +143,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
             raise episode_error(error.index, f"the env raised in {error.call}: {error.summary}\n{error.text}") from None
     moments.add(seen_TNI[:t], active_TN[:t])
     real = Moments(moments.count[:n_members], moments.mean[:n_members], moments.m2[:n_members])
-    return RolloutResult(first, returns_NE, lengths_NE, real)
+    return RolloutResult(first, returns_NE, lengths_NE, successes_NE, real)
 
 
 def _check_finite(

@@ -9,6 +9,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from eggroll_rl.errors import ConfigError
+
 
 class SubEnvError(Exception):
     """A sub-env raised. ``index`` says which one, ``call`` what it was doing, ``text`` holds its traceback."""
@@ -26,16 +28,19 @@ class SerialVectorEnv(VectorEnv):
 
     As Gymnasium's ``SyncVectorEnv`` but for two things that evaluation needs. A finished sub-env is left
     untouched, at no cost, until it is reset by mask: its observation stays, its reward is 0, its flags are
-    False. And the info of a step is kept only where an episode ended, because gathering a dict per env and
-    step would cost as much as the physics.
+    False. And of all infos only ``is_success`` is kept, where an episode ended, because gathering a dict per
+    env and step would cost as much as the physics.
 
     :param env_fns: one function per sub-env, each returning a new env
+    :raises ConfigError: the functions return one and the same env
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012 (Gymnasium's own form)
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]):
         self.envs = [make() for make in env_fns]
+        if len({id(env.unwrapped) for env in self.envs}) < len(self.envs):
+            raise ConfigError("the env function returned the same env twice; it must make a new one at every call")
         self.num_envs = len(self.envs)
         self.single_observation_space = self.envs[0].observation_space
         self.single_action_space = self.envs[0].action_space
@@ -69,8 +74,8 @@ class SerialVectorEnv(VectorEnv):
         """Step the sub-envs whose episode is still running.
 
         :param actions: (num_envs, ...); those of finished sub-envs are ignored
-        :return: observations, rewards, terminations, truncations (num_envs, ...) and the infos of episodes that
-            ended in this step
+        :return: observations, rewards, terminations, truncations (num_envs, ...) and infos, which hold
+            ``is_success`` (num_envs,) and its mask if episodes that ended in this step have it
         :raises SubEnvError: a sub-env raised
         """
         rewards = np.zeros(self.num_envs)
@@ -84,7 +89,8 @@ class SerialVectorEnv(VectorEnv):
                 raise SubEnvError(i, "step()", error) from error
             if terminations[i] or truncations[i]:
                 self._done[i] = True
-                infos = self._add_info(infos, info, i)
+                if "is_success" in info:
+                    infos = self._add_info(infos, {"is_success": bool(info["is_success"])}, i)
         return self._obs.copy(), rewards, terminations, truncations, infos
 
     def close_extras(self, **kwargs: Any) -> None:

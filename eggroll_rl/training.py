@@ -21,9 +21,9 @@ from eggroll_rl import agents
 from eggroll_rl.callbacks import GenerationCallback
 from eggroll_rl.config import RunConfig
 from eggroll_rl.eggroll import EGGROLL
-from eggroll_rl.envs import EnvFactory, read_toml
+from eggroll_rl.envs import EnvFactory, read_toml, time_limit
 from eggroll_rl.errors import ConfigError, RunFolderError
-from eggroll_rl.evaluation import Evaluation, evaluate
+from eggroll_rl.evaluation import Evaluation, batched, evaluate
 from eggroll_rl.workers import available_cores, count_workers
 
 # Reset seeds of evaluations: the best policy is chosen on one set and reported on the other. Training draws its
@@ -58,13 +58,16 @@ def train(
     """
     _check_folder(folder, resume, overwrite)
     factory = config.factory(gym_packages)
+    time_limit(factory())  # the training cap does not end an evaluation
     model = config.model(factory)
+    config.resolve(model)
     recorder = RunRecorder(config, folder, factory)
+    recorder.init_callback(model)
     if resume:
         recorder.restore(model)
     else:
         _make_folder(folder, overwrite)
-        agents.write_atomic(folder / "config.toml", config.to_toml().encode())
+    agents.write_atomic(folder / "config.toml", config.to_toml().encode())
     remaining = config.total_timesteps - model.num_timesteps
     if remaining > 0:
         with recorder.signals():
@@ -131,7 +134,7 @@ class RunRecorder(GenerationCallback):
                 **self._model.last_generation,
             }
         )
-        agents.write_csv(self.folder / "progress.csv", self.rows)
+        agents.append_csv(self.folder / "progress.csv", self.rows[-1])
         done = self.num_steps >= self.config.total_timesteps
         if done or (self.eval_freq and self.num_steps // self.eval_freq > self._evaluated_steps() // self.eval_freq):
             self.evaluate()
@@ -179,11 +182,13 @@ class RunRecorder(GenerationCallback):
             f"{self.num_steps:>12,} steps {self.training_seconds:7.1f} s   "
             f"return {result.mean:9.2f} ± {result.std:.2f}{'   best' if result.mean > best else ''}"
         )
+        # Neither the evaluation nor its writing is training time.
         self._evaluating += time.perf_counter() - started
+        self._ended += time.perf_counter() - started
 
     def _evaluate(self, policy: Any, first_seed: int, n_episodes: int) -> Evaluation:
         seeds = range(first_seed, first_seed + n_episodes)
-        return evaluate(lambda obs: policy.predict(obs)[0], self.factory, seeds)
+        return evaluate(batched(lambda obs: policy.predict(obs)[0]), self.factory, seeds)
 
     def _evaluated_steps(self) -> int:
         return self.evaluations[-1]["timesteps"] if self.evaluations else 0
@@ -207,7 +212,7 @@ class RunRecorder(GenerationCallback):
             "generations": model.evolution_strategy.generation,
             "wall_seconds": round(seconds, 3),
             "env_steps_per_second": round(self.num_steps / seconds, 1) if seconds else None,
-            "n_workers": count_workers(self.config.n_workers, model.evolution_strategy.ask().noise),
+            "n_workers": count_workers(self.config.n_workers, model.population_size, model.slice_size),
             "vector_env": self.factory.describe_vector(),
             "evaluation": final.as_dict(),
             "best": {"timesteps": about["timesteps"], **best.as_dict()},
@@ -237,7 +242,12 @@ class RunRecorder(GenerationCallback):
                     tensors[f"optimizer.{index}.{name}"] = value
                 elif value is not None:
                     numbers[f"{index}.{name}"] = value
-        about = {**self._about(), "training_seconds": self.training_seconds, "optimizer_numbers": numbers}
+        about = {
+            **self._about(),
+            "training_seconds": self.training_seconds,
+            "optimizer_numbers": numbers,
+            "settings": self.config.of_the_result(),
+        }
         agents.save_tensors(self.folder / "training.safetensors", "training", tensors, about)
 
     def restore(self, model: EGGROLL) -> None:
@@ -247,6 +257,11 @@ class RunRecorder(GenerationCallback):
         """
         path = self.folder / "training.safetensors"
         tensors, about = agents.load_tensors(path, "training")
+        for name, value in self.config.of_the_result().items():
+            if about["settings"].get(name) != value:
+                raise RunFolderError(
+                    f"{path} does not fit {self.folder / 'config.toml'}: {name} was {about['settings'].get(name)}"
+                )
         policy = {n.removeprefix("policy."): t for n, t in tensors.items() if n.startswith("policy.")}
         state: dict[int, dict[str, Any]] = {}
         entries = {n.removeprefix("optimizer."): t for n, t in tensors.items() if n.startswith("optimizer.")}
@@ -261,11 +276,11 @@ class RunRecorder(GenerationCallback):
         except (RuntimeError, ValueError, KeyError) as error:
             raise RunFolderError(f"{path} does not fit {self.folder / 'config.toml'}: {error}") from error
         model._n_updates, model.num_timesteps = about["generation"], about["timesteps"]
-        self.init_callback(model)
         self._boundary = {"generation": about["generation"], "timesteps": about["timesteps"]}
         self.seconds_before = about["training_seconds"]
         rows = agents.read_csv(self.folder / "progress.csv")
         self.rows = [row for row in rows if int(row["generation"]) <= about["generation"]]
+        agents.write_csv(self.folder / "progress.csv", self.rows)
         evaluations = agents.read_evaluations(self.folder / "evaluations.npz")
         self.evaluations = [e for e in evaluations if e["timesteps"] <= about["timesteps"]]
 
@@ -334,8 +349,10 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     elif folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise RunFolderError(f"{folder} exists: continue it with --resume, replace it with --overwrite")
-        if not (folder / "config.toml").exists():
-            raise RunFolderError(f"{folder} is not a run folder (no config.toml): --overwrite leaves it alone")
+        foreign = sorted({path.name for path in folder.iterdir()} - agents.RUN_FILES)
+        if folder.is_symlink() or foreign:
+            what = f"it holds {', '.join(foreign[:3])}" if foreign else "it is a link"
+            raise RunFolderError(f"{folder} is not just a run folder ({what}): --overwrite leaves it alone")
 
 
 def _make_folder(folder: Path, overwrite: bool) -> None:

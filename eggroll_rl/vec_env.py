@@ -15,18 +15,19 @@ from eggroll_rl.es import one_thread
 from eggroll_rl.lowrank import Population
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import MlpPolicy
-from eggroll_rl.rollout import Generation, RolloutResult
+from eggroll_rl.rollout import Generation, RolloutResult, load_generation
 
 
 class VecEnvEvaluator:
     """Evaluate on ``env``, in this process; see :class:`eggroll_rl.workers.Evaluator`."""
 
     def __init__(self, policy: MlpPolicy, env: VecEnv):
-        self._policy = policy
+        self._policy = policy.replica()
         self._env = env
 
     def evaluate(self, generation: Generation) -> list[RolloutResult]:
         """Return one result per block of members, in order."""
+        load_generation(self._policy, generation)
         size = generation.noise.population_size
         with one_thread():
             return [self._block(generation, first) for first in range(0, size, self._env.num_envs)]
@@ -66,12 +67,16 @@ class VecEnvEvaluator:
             active = np.flatnonzero(active_N)
             returns_NE[active, episode_N[active]] += rewards[active]
             lengths_NE[active, episode_N[active]] += 1
-            if not np.isfinite(returns_NE).all():
-                member = int(np.flatnonzero(~np.isfinite(returns_NE).all(axis=1))[0])
-                raise EpisodeError(
-                    f"generation {noise.generation}, member {first + member}, episode {episode_N[member]}, "
-                    f"step {lengths_NE[member, episode_N[member]]}: the env's reward is not finite: {rewards[member]}"
-                )
+            _check_finite(generation, first, rewards[active], active, "reward")
+            _check_finite(generation, first, np.asarray(obs)[active], active, "observation")
             episode_N += active_N & dones
         real = Moments(moments.count[:n_members], moments.mean[:n_members], moments.m2[:n_members])
-        return RolloutResult(first, returns_NE, lengths_NE, real, steps - int(lengths_NE.sum()))
+        unknown = np.full_like(returns_NE, np.nan)
+        return RolloutResult(first, returns_NE, lengths_NE, unknown, real, steps - int(lengths_NE.sum()))
+
+
+def _check_finite(generation: Generation, first: int, values: np.ndarray, rows: np.ndarray, what: str) -> None:
+    bad = rows[~np.isfinite(values.reshape(len(rows), -1)).all(axis=1)]
+    if len(bad):
+        where = f"generation {generation.noise.generation}, member {first + bad[0]}"
+        raise EpisodeError(f"{where}: the env's {what} is not finite")

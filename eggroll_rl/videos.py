@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +130,9 @@ def _make_renderable(agent: Agent) -> gym.Env:
 
 
 def _build(agent: Agent, render_mode: str) -> gym.Env:
+    with closing(agent.factory()) as probe:
+        if render_mode not in probe.metadata.get("render_modes", ()):
+            raise RenderError(f"{agent.name}'s env cannot render as {render_mode!r}")
     try:
         env = agent.factory(render_mode=render_mode)
         env.reset(seed=0)
@@ -146,7 +150,7 @@ _ADVICE = "on Debian or Ubuntu `apt-get install libegl1 libgl1-mesa-dri` brings 
 
 
 def choose_gl() -> None:
-    """Set ``MUJOCO_GL`` to EGL or else OSMesa, unless the user did or there is a screen.
+    """Set ``MUJOCO_GL`` to EGL or else OSMesa, unless the user has set it.
 
     A driver that fails cannot be left in the process that tried it, so each is tried in one of its own.
 

@@ -5,7 +5,6 @@ A worker is a fresh interpreter, not a fork, that never imports the caller's scr
 parameters, the normalizer's moments and bounds of slices, and sends back results.
 """
 
-import copy
 import os
 import signal
 import socket
@@ -25,7 +24,7 @@ from gymnasium.envs.registration import registry
 from eggroll_rl.envs import EnvFactory, mujoco_warnings_silenced
 from eggroll_rl.errors import ConfigError, EggrollError, EpisodeError, WorkerDiedError
 from eggroll_rl.es import one_thread
-from eggroll_rl.lowrank import Noise, slices
+from eggroll_rl.lowrank import slices
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Generation, RolloutResult, load_generation, rollout
 
@@ -49,21 +48,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def count_workers(n_workers: int | None, noise: Noise) -> int:
+def count_workers(n_workers: int | None, population_size: int, slice_size: int) -> int:
     """Return how many processes a run uses: all cores for None, and at most one per slice."""
     if n_workers is None:
         # pass_fds is POSIX; elsewhere the run is the same, in-process.
         n_workers = available_cores() if os.name == "posix" else 0
-    return min(n_workers, len(list(slices(noise))))
+    return min(n_workers, -(-population_size // slice_size))
 
 
-def make_evaluator(n_workers: int | None, policy: MlpPolicy, factory: EnvFactory, generation: Generation) -> Evaluator:
-    """Return an evaluator with ``n_workers`` processes (0: none; None: one per core), at most one per slice."""
-    n_workers = count_workers(n_workers, generation.noise)
-    policy = copy.deepcopy(policy).cpu()
+def make_evaluator(n_workers: int, policy: MlpPolicy, factory: EnvFactory, slice_size: int) -> Evaluator:
+    """Return an evaluator with ``n_workers`` processes; 0 is this one."""
     if n_workers == 0:
-        return InProcessEvaluator(policy, factory, generation.noise.slice_size)
-    return ProcessEvaluator(n_workers, policy, factory, generation.noise.slice_size)
+        return InProcessEvaluator(policy.replica(), factory, slice_size)
+    return ProcessEvaluator(n_workers, policy.replica(), factory, slice_size)
 
 
 class InProcessEvaluator:
@@ -123,7 +120,8 @@ class ProcessEvaluator:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", f"from eggroll_rl.workers import serve; serve({theirs.fileno()})"],
+                # -P: the working directory is no place to import from, unless the caller does.
+                [sys.executable, "-P", "-c", f"from eggroll_rl.workers import serve; serve({theirs.fileno()})"],
                 # Held open and never written to: its end-of-file tells the worker that we are gone.
                 stdin=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],

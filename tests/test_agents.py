@@ -39,7 +39,7 @@ def test_a_policy_is_built_again_without_its_env(tmp_path):
         OBS,
         ACTIONS,
         spaces.Box(-np.inf, np.inf, (3, 2), np.float32),
-        spaces.Box(0, 255, (4, 4, 3), np.uint8),
+        spaces.Box(0, 255, (4, 4), np.uint8),
         spaces.Discrete(4, start=-1),
         spaces.MultiDiscrete([2, 5]),
         spaces.MultiBinary(3),
@@ -165,3 +165,7 @@ def test_evaluations_have_sb3s_keys(tmp_path):
         assert file["timesteps"].tolist() == [0, 10, 20]
         assert file["results"].shape == file["ep_lengths"].shape == (3, 2)
     assert agents.read_evaluations(tmp_path / "evaluations.npz") == rows
+    path = tmp_path / "evaluations.npz"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(RunFolderError, match="evaluations.npz is damaged"):
+        agents.read_evaluations(path)

@@ -59,7 +59,10 @@ def test_train_evaluate_record_and_list(run, here):
 
 def test_resume_and_overwrite(run, here):
     run("train", "CartPole-v1", *SMALL, "--output", "run")
-    assert run("train", "CartPole-v1", "--output", "run", "--resume", "--n-workers", "0")[0] == 0
+    again = run(
+        "train", "CartPole-v1", "--output", "run", "--resume", "--n-workers", "0", "--sigma", "0.1", "--rank", "1"
+    )
+    assert again[0] == 0, again[2]
     status, _, err = run("train", "CartPole-v1", "--output", "run", "--resume", "--sigma", "0.7")
     assert status == 2 and "--sigma 0.7 differs from the run's sigma (0.1)" in err
     assert "not on Pendulum-v1" in run("train", "Pendulum-v1", "--output", "run", "--resume")[2]
@@ -97,6 +100,7 @@ MISTAKES = [
     (["train", "none.toml"], "cannot read none.toml"),
     (["train", "CartPole-v1", "--sgima", "1"], "No such option '?--sgima"),
     (["train"], "Missing argument 'ENV'"),
+    (["train", "CartPole-v1", "--seed", "5000000000"], "seed must be below"),
     (["fly"], "No such command 'fly'"),
     (["evaluate", "nowhere"], "nowhere is not there"),
     (["evaluate", "."], "not a run folder"),
@@ -121,6 +125,25 @@ def test_a_failed_run_has_status_1_and_the_envs_traceback(run, here, monkeypatch
     status, _, err = run("train", "toy_env:Broken-v0", *SMALL, "--output", "run")
     assert status == 1
     assert "generation 0, member 0" in err and "ZeroDivisionError" in err and "continue" not in err
+
+
+def test_without_a_word_there_is_help(run, here):
+    assert "Commands" in run()[1] and "throughput" in run("bench")[1]
+
+
+def test_another_env_must_have_the_same_spaces(run, here):
+    run("train", "CartPole-v1", *SMALL, "--output", "run")
+    status, _, err = run("evaluate", "run", "--env", "Pendulum-v1")
+    assert status == 2 and "other spaces" in err
+
+
+def test_the_listing_survives_what_others_left(run, here):
+    (here / "envs").mkdir()
+    (here / "envs" / "bad.toml").write_text("=")
+    (here / "agents" / "x" / "y").mkdir(parents=True)
+    (here / "agents" / "x" / "y" / "results.json").write_text("[1]")
+    status, out, _ = run("list")
+    assert status == 0 and "bad" in out
 
 
 def test_help_is_there_for_every_command(run):

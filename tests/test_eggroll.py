@@ -22,7 +22,7 @@ from eggroll_rl import EGGROLL
 from eggroll_rl.callbacks import GenerationCallback
 from eggroll_rl.config import RunConfig
 from eggroll_rl.envs import load_preset
-from eggroll_rl.errors import ConfigError
+from eggroll_rl.errors import ConfigError, EpisodeError
 from eggroll_rl.evaluation import evaluate, load_agent
 from eggroll_rl.policies import LinearPolicy
 from eggroll_rl.training import train
@@ -70,6 +70,10 @@ def test_the_episode_cap_is_for_training_and_serves_where_there_is_no_limit():
     model = make(toy.TargetEnv, max_episode_steps=3)
     model.learn(1)
     assert {e["l"] for e in model.ep_info_buffer} == {3}
+    # Where there is a limit, the env that SB3 sees keeps it.
+    model = make(max_episode_steps=3)
+    _, lengths = evaluate_policy(model, model.get_env(), n_eval_episodes=5, return_episode_rewards=True, warn=False)
+    assert min(lengths) > 3
     with pytest.raises(ConfigError, match="TargetEnv has no time limit.*max_episode_steps"):
         make(toy.TargetEnv)
 
@@ -124,6 +128,59 @@ def test_a_second_learn_goes_on_with_new_noise():
     assert model.num_timesteps < 250
 
 
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_load_takes_another_env_and_trains_on_it(n_envs, tmp_path):
+    make().save(tmp_path / "model")
+    env = make_vec_env(toy.make_target, n_envs, seed=0)
+    model = EGGROLL.load(tmp_path / "model", env=env)
+    steps = []
+    inner, model.env.step_wait = model.env.step_wait, lambda: steps.append(1) or inner()
+    model.learn(100)
+    assert steps and model.n_envs == n_envs
+    model.set_env(toy.make_target)
+    model.learn(100)
+    assert model.n_envs == 1
+
+
+def test_an_env_function_that_cannot_be_pickled_is_not_in_the_way_of_saving(tmp_path):
+    lock = __import__("threading").Lock()
+    make(lambda: toy.make_target() if lock else None).save(tmp_path / "model")
+    assert EGGROLL.load(tmp_path / "model", env=toy.make_target).learn(10)
+
+
+def test_more_changed_settings_on_load(tmp_path):
+    make().save(tmp_path / "model")
+    model = EGGROLL.load(tmp_path / "model", env=toy.make_target, sigma=0.2, env_kwargs={"offset": 1.0})
+    model.learn(1)
+    assert model.last_generation["sigma"] == 0.2
+    assert model.policy.normalizer.mean.max() > 0.5
+    with pytest.raises(ConfigError, match="sigma must be"):
+        EGGROLL.load(tmp_path / "model", sigma=-1)
+    # What RL Zoo's enjoy does.
+    zoo = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
+    assert EGGROLL.load(tmp_path / "model", custom_objects=zoo, seed=1).predict(np.zeros(3, np.float32))
+
+
+def test_a_second_learn_starts_its_schedules_again():
+    model = make(sigma="lin_0.1")
+    sigmas = []
+
+    class Look(GenerationCallback):
+        def on_generation_end(self):
+            sigmas.append(self.model.last_generation["sigma"])
+            return True
+
+    for _ in range(2):
+        model.learn(400, callback=Look())
+    assert sigmas.count(0.1) == 2
+
+
+def test_success_is_counted():
+    model = make()
+    model.learn(200)
+    assert set(model.ep_success_buffer) == {True}
+
+
 def test_changed_settings_on_load(tmp_path):
     make().save(tmp_path / "model")
     model = EGGROLL.load(tmp_path / "model", env=toy.make_target, population_size=4)
@@ -171,6 +228,7 @@ def test_the_usual_keys_are_logged(tmp_path):
     model = make()
     model.set_logger(configure(str(tmp_path), ["csv"]))
     model.learn(500)
+    model.logger.close()
     header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
     usual = {"rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "time/total_timesteps", "time/iterations"}
     assert usual | {"train/learning_rate", "train/n_updates", "train/sigma", "rollout/fitness_max"} <= set(header)
@@ -274,6 +332,36 @@ def test_compatible_mode_evaluates_the_same_members():
             assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_compatible_mode_replays_steps_in_strides_of_its_envs():
+    model = make(make_vec_env(toy.make_target, 3, seed=0), population_size=6)
+    seen = []
+
+    class Look(BaseCallback):
+        def _on_step(self):
+            seen.append((self.num_timesteps, len(self.locals["dones"])))
+            return True
+
+    model.learn(1, callback=Look())
+    assert all(b[0] - a[0] == 3 and a[1] == 3 for a, b in itertools.pairwise(seen))
+    assert len(model.ep_info_buffer) == 6
+
+
+@pytest.mark.parametrize(("fault", "what"), [("nan_reward", "reward"), ("nan_obs", "observation")])
+def test_compatible_mode_refuses_what_is_not_finite(fault, what):
+    model = make(DummyVecEnv([toy.make_fault(fault)] * 2))
+    before = digest(model)
+    with pytest.raises(EpisodeError, match=f"generation 0, member 0: the env's {what} is not finite"):
+        model.learn(100)
+    assert digest(model) == before
+
+
+def test_a_ready_made_env_takes_no_settings_for_its_making():
+    with pytest.raises(ConfigError, match="max_episode_steps needs an env given by id"):
+        make(DummyVecEnv([toy.make_target]), max_episode_steps=5)
+    with pytest.raises(ConfigError, match="env_kwargs needs an env given by id"):
+        make(DummyVecEnv([toy.make_target]), env_kwargs={"offset": 1})
+
+
 def test_vec_normalize_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match="without VecNormalize"):
         make(VecNormalize(DummyVecEnv([toy.make_target])))
@@ -294,6 +382,9 @@ def test_set_env_takes_every_form_and_checks_the_spaces():
     model.learn(100)
     with pytest.raises(ValueError, match="spaces do not match"):
         model.set_env("CartPole-v1")
+    with pytest.raises(ConfigError, match="without VecNormalize"):
+        model.set_env(VecNormalize(DummyVecEnv([toy.make_target])))
+    model.learn(100)  # on the env before: what was refused left no trace
 
 
 def test_an_unsupported_space_is_refused_before_anything_starts():
@@ -318,6 +409,8 @@ def test_an_unsupported_space_is_refused_before_anything_starts():
         ({"optimizer": "adamm"}, "optimizer must be one of .*Adam.*'adamm'"),
         ({"max_episode_steps": 0}, "max_episode_steps"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed must be below"),
+        ({"alive_bonus_offset": "x"}, "alive_bonus_offset must be a finite number, got 'x'"),
     ],
 )
 def test_bad_settings_are_named_before_any_env_is_made(settings, message):

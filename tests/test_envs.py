@@ -42,7 +42,9 @@ def test_damaged_and_missing_files_are_named(tmp_path):
         ({"env_id": "X-v0", "total_timestep": 1}, "did you mean total_timesteps"),
         ({"env_id": "X-v0", "eggroll": {"populationsize": 2}}, "did you mean population_size"),
         ({"env_id": "X-v0", "eggroll": {"seed": 2}}, r"\[eggroll\]: unknown setting 'seed'"),
-        ({"env_id": "X-v0", "eggroll": 3}, r"\[eggroll\] must be a table"),
+        ({"env_id": "X-v0", "eggroll": 3}, "eggroll must be a dict, got 3"),
+        ({"env_id": "X-v0", "env_kwargs": 3}, "env_kwargs must be a dict, got 3"),
+        ({"env_id": "X-v0", "wrappers": "x"}, "wrappers must be a list, got 'x'"),
         ({}, "env_id must be the id"),
         ({"env_id": "X-v0", "total_timesteps": 1e6}, "total_timesteps must be a whole number.*got 1000000.0"),
         ({"env_id": "X-v0", "seed": -1}, "seed must be a whole number, at least 0, got -1"),
@@ -85,6 +87,11 @@ def test_only_gymnasium_and_named_packages_are_imported():
         resolve_wrappers([{"name": "os.system"}])
     with pytest.raises(ConfigError, match=r"is not a gymnasium\.Wrapper"):
         resolve_wrappers([{"name": "toy.make_target"}], ("toy",))
+    with pytest.raises(ConfigError, match="may do more than transform"):
+        resolve_wrappers([{"name": "gymnasium.wrappers.RecordVideo", "video_folder": "/tmp/x"}])
+    with pytest.raises(ConfigError, match="ClipReward refuses"):
+        wrappers = resolve_wrappers([{"name": "gymnasium.wrappers.ClipReward", "colour": 1}])
+        env_factory("CartPole-v1", wrappers=wrappers)()
     with pytest.raises(ConfigError, match="does not exist"):
         resolve_wrappers([{"name": "gymnasium.wrappers.Nothing"}])
     with pytest.raises(ConfigError, match="allow it with --gym-packages some_package"):
@@ -97,6 +104,17 @@ def test_an_env_without_a_limit_is_refused():
     with pytest.raises(ConfigError, match="CliffWalking-v1 has no time limit"):
         time_limit(gym.make("CliffWalking-v1"))
     assert time_limit(toy.make_target()) == 50
+
+
+def test_an_env_that_truncates_by_itself_has_a_limit_of_its_own():
+    class Truncates(toy.TargetEnv):
+        def step(self, action):
+            obs, reward, _, _, info = super().step(action)
+            return obs, reward, False, self.t >= 17, info
+
+    assert time_limit(Truncates()) == 17
+    with pytest.raises(ConfigError, match="TargetEnv has no time limit"):
+        time_limit(toy.TargetEnv())
 
 
 def test_an_env_function_must_return_an_env():

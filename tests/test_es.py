@@ -154,6 +154,15 @@ def test_a_step_that_overflows_changes_nothing():
     assert same(before, state(es)) and es.generation == 0
 
 
+def test_an_optimizer_state_that_overflows_changes_nothing():
+    es = EvolutionStrategy(nn.Linear(3, 2), 4, seed=0, fitness_shaping="none")
+    es.ask()
+    before = state(es)
+    with pytest.raises(NonFiniteError, match="step of generation 0"):
+        es.tell([1e25, 0.0, 0.0, -1e25])  # finite, but its square is not in float32
+    assert same(before, state(es))
+
+
 def test_tell_needs_ask_and_the_right_shape():
     es = EvolutionStrategy(linear(), 4, seed=0)
     with pytest.raises(RuntimeError, match="without ask"):
@@ -235,6 +244,9 @@ def test_global_generators_and_thread_setting_stay(rng_state):
         ({"max_grad_norm": 0.0}, "max_grad_norm must be a finite number above 0, got 0.0"),
         ({"fitness_shaping": "rank"}, "fitness_shaping must be one of"),
         ({"optimizer": torch.optim.LBFGS, "weight_decay": 0.1}, "LBFGS has no weight decay"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates a loss itself"),
+        ({"weight_decay": -1.0}, "Adam refuses its settings: Invalid weight_decay"),
+        ({"optimizer_kwargs": {"momentun": 1}}, "Adam refuses its settings.*momentun"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -7,8 +7,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from eggroll_rl.envs import env_factory
 from eggroll_rl.errors import ConfigError, ConsentError, EpisodeError, RunFolderError
-from eggroll_rl.evaluation import evaluate, find_algorithm, load_agent
-from eggroll_rl.policies import LinearPolicy
+from eggroll_rl.evaluation import batched, evaluate, find_algorithm, load_agent
+from eggroll_rl.policies import LinearPolicy, MlpPolicy
 
 
 def test_one_episode_per_seed_with_the_envs_own_reward():
@@ -30,6 +30,22 @@ def test_one_episode_per_seed_with_the_envs_own_reward():
 def test_an_env_that_raises_is_named():
     with pytest.raises(EpisodeError, match="evaluation, episode 0.*ZeroDivisionError"):
         evaluate(lambda obs: np.zeros((len(obs), 2), np.float32), env_factory(toy.make_fault("raise")), [1, 2])
+
+
+def test_the_episode_of_a_seed_is_the_same_alone_and_among_others():
+    factory = env_factory("HalfCheetah-v5", max_episode_steps=300)
+    env = factory()
+    policy = MlpPolicy(env.observation_space, env.action_space, net_arch=[32], zero_last_layer=False)
+    predict = batched(lambda obs: policy.predict(obs)[0])
+    alone = evaluate(predict, factory, [5])
+    assert evaluate(predict, factory, [3, 4, 5, 6]).returns[2] == alone.returns[0]
+    assert evaluate(predict, factory, range(40)).returns[5] == alone.returns[0]
+
+
+@pytest.mark.parametrize("fault", ["nan_reward", "nan_obs"])
+def test_what_is_not_finite_is_named(fault):
+    with pytest.raises(EpisodeError, match="evaluation, seed 9, step 3: .*not finite"):
+        evaluate(lambda obs: np.zeros((len(obs), 2), np.float32), env_factory(toy.make_fault(fault, seed=9)), [8, 9])
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -209,6 +210,17 @@ def test_an_unsupported_layer_is_named(layer, named):
     module = nn.Sequential(nn.Linear(3, 3), nn.Sequential(layer))
     with pytest.raises(UnsupportedModuleError, match=rf"'1\.0' \({named}\)"):
         Population(module, make_noise())
+
+
+def test_a_linear_layer_that_is_more_than_linear_is_refused():
+    hooked = nn.Linear(3, 3)
+    hooked.register_forward_hook(lambda module, args, output: 100 * output)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated in torch, and still in use
+        normed = nn.utils.weight_norm(nn.Linear(3, 3))
+    for layer in (hooked, normed, nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))):
+        with pytest.raises(UnsupportedModuleError, match="'0'"):
+            Population(nn.Sequential(layer), make_noise())
 
 
 def test_a_module_without_free_parameters_is_refused():

@@ -94,4 +94,6 @@ def test_forward_changes_no_statistics_and_state_dict_carries_them():
     copy.load_state_dict(normalizer.state_dict())
     probe = torch.randn(5, 2)
     assert torch.equal(copy(probe), normalizer(probe))
+    copy.load_state_dict(ObsNormalizer(2).state_dict())
+    assert torch.equal(copy(probe), probe)
     assert not list(normalizer.parameters())

@@ -64,8 +64,9 @@ def test_actions_of_any_shape():
     ("space", "n_inputs"),
     [
         (spaces.Box(-1, 1, (2, 4), np.float32), 8),
-        (spaces.Box(0, 255, (8, 8, 3), np.uint8), 192),
+        (spaces.Box(0, 255, (8, 8), np.uint8), 64),
         (spaces.Discrete(5), 5),
+        (spaces.Discrete(5, start=-2), 5),
         (spaces.MultiDiscrete([2, 3]), 5),
         (spaces.MultiBinary(4), 4),
     ],
@@ -113,6 +114,8 @@ def test_the_linear_policy_is_one_layer():
     [
         (spaces.Dict(a=OBS), BOX, "observation space Dict"),
         (spaces.Text(4), BOX, "observation space Text"),
+        (spaces.Box(0, 255, (64, 64, 3), np.uint8), BOX, "is an image.*FlattenObservation"),
+        (spaces.MultiDiscrete([[2, 3]]), BOX, "one-dimensional"),
         (OBS, spaces.Box(-np.inf, np.inf, (2,)), "action space Box.*unbounded"),
         (OBS, spaces.MultiDiscrete([2, 2]), "action space MultiDiscrete"),
     ],

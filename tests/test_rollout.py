@@ -48,6 +48,7 @@ def test_a_rollout_is_each_members_own_episodes():
                 total, length, done = total + reward, length + 1, terminated or truncated
             assert returns[member, episode] == pytest.approx(total, abs=1e-5)
             assert lengths[member, episode] == length
+        assert results[member // 4].successes[member % 4].tolist() == [1, 1]
         part, row = results[member // 4].moments, member % 4
         assert part.count[row] == len(seen)
         assert np.allclose(part.mean[row], np.mean(seen, axis=0), atol=1e-12)

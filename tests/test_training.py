@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,21 @@ from gymnasium.envs.registration import register, registry
 from eggroll_rl import agents, training
 from eggroll_rl.agents import load_policy, load_tensors, read_csv
 from eggroll_rl.config import RunConfig
-from eggroll_rl.errors import EpisodeError, RunFolderError
+from eggroll_rl.errors import ConfigError, EpisodeError, RunFolderError
 from eggroll_rl.training import Interrupted, load_run_config, train
+
+if "Fault-v0" not in registry:
+    register("Fault-v0", toy.FaultEnv, max_episode_steps=50, kwargs={"fault": "none"})
 
 
 def config(**changes):
-    eggroll = {"population_size": 8, "slice_size": 4, "policy_kwargs": {"net_arch": [4]}, "learning_rate": "lin_0.05"}
+    eggroll = {
+        "population_size": 8,
+        "slice_size": 4,
+        "policy_kwargs": {"net_arch": [4]},
+        "learning_rate": "lin_0.05",
+        "sigma": "lin_0.1",
+    }
     values = {"total_timesteps": 2000, "n_workers": 0, "eval_freq": 700, "eval_episodes": 2, "checkpoint_every": 2}
     return RunConfig(**{"env_id": "CartPole-v1", "eggroll": eggroll, **values, **changes})
 
@@ -67,7 +77,11 @@ def test_a_run_leaves_everything_it_promises(finished):
     selection = set(range(training.SELECTION_SEED, training.SELECTION_SEED + 2))
     assert not selection & set(results["best"]["seeds"]) and results["best"]["timesteps"] > 0
     assert {"torch", "gymnasium", "mujoco", "python"} <= set(results["versions"])
-    assert load_run_config(finished) == config()
+    assert results["wall_seconds"] == pytest.approx(float(read_csv(finished / "progress.csv")[-1]["seconds"]), abs=0.01)
+    # The configuration is written out, defaults too.
+    eggroll = load_run_config(finished).eggroll
+    assert eggroll["sigma"] == "lin_0.1" and eggroll["fitness_shaping"] == "centered_rank"
+    assert eggroll["optimizer"] == "Adam" and eggroll["policy_kwargs"]["activation_fn"] == "Tanh"
 
 
 def test_the_saved_policy_is_the_mean_that_was_trained(finished):
@@ -125,16 +139,12 @@ def test_a_run_that_dies_resumes_from_its_last_checkpoint(finished, tmp_path, mo
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
-    import shutil
-
     shutil.copytree(finished, tmp_path / "copy")
     train(load_run_config(tmp_path / "copy"), tmp_path / "copy", resume=True, progress_bar=False)
     assert_same_run(finished, tmp_path / "copy")
 
 
 def test_an_error_in_the_env_keeps_what_was_reached(tmp_path):
-    if "Fault-v0" not in registry:
-        register("Fault-v0", toy.FaultEnv, max_episode_steps=50, kwargs={"fault": "none"})
     folder = tmp_path / "run"
     with pytest.raises(
         EpisodeError, match="generation 0, member 0, episode 0, step 3, seed .*reward is not finite: nan"
@@ -150,7 +160,9 @@ def test_an_existing_folder_is_refused_unless_the_user_says_what_to_do(finished,
     (marker / "thesis.tex").write_text("precious")
     with pytest.raises(RunFolderError, match="--resume.*--overwrite"):
         train(config(), finished)
-    with pytest.raises(RunFolderError, match="not a run folder"):
+    for name in ("config.toml", "results.json"):
+        (marker / name).write_text("")
+    with pytest.raises(RunFolderError, match="not just a run folder .it holds thesis.tex"):
         train(config(), marker, overwrite=True)
     assert (marker / "thesis.tex").read_text() == "precious"
     with pytest.raises(RunFolderError, match="no training.safetensors"):
@@ -163,17 +175,41 @@ def test_an_existing_folder_is_refused_unless_the_user_says_what_to_do(finished,
 
 
 def test_a_checkpoint_of_another_network_does_not_fit(finished, tmp_path):
-    import shutil
-
     shutil.copytree(finished, tmp_path / "copy")
     changed = config(eggroll={**config().eggroll, "policy_kwargs": {"net_arch": [5]}})
     with pytest.raises(RunFolderError, match="does not fit"):
         train(changed, tmp_path / "copy", resume=True)
 
 
-def test_training_files_are_refused_when_damaged(finished, tmp_path):
-    import shutil
+def test_a_changed_configuration_is_not_resumed(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    changed = load_run_config(finished)
+    changed.seed = 5
+    with pytest.raises(RunFolderError, match="does not fit.*seed was 0"):
+        train(changed, tmp_path / "copy", resume=True)
 
+
+def test_a_run_can_be_made_longer(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    longer = load_run_config(finished)
+    longer.total_timesteps = 3000
+    results = train(longer, tmp_path / "copy", resume=True, progress_bar=False)
+    assert results["timesteps"] >= 3000 and load_run_config(tmp_path / "copy").total_timesteps == 3000
+
+
+def test_evaluation_needs_a_limit_that_is_not_only_for_training(tmp_path):
+    eggroll = {**config().eggroll, "max_episode_steps": 5}
+    with pytest.raises(ConfigError, match="CliffWalking-v1 has no time limit"):
+        train(config(env_id="CliffWalking-v1", eggroll=eggroll), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_env_whose_reset_raises_is_named(tmp_path):
+    with pytest.raises(ValueError, match="broken reset"):
+        train(config(env_id="Fault-v0", env_kwargs={"fault": "reset"}), tmp_path / "run")
+
+
+def test_training_files_are_refused_when_damaged(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "copy")
     path = tmp_path / "copy" / "training.safetensors"
     path.write_bytes(path.read_bytes()[:-9])

@@ -6,6 +6,7 @@ import pytest
 import toy
 
 from eggroll_rl.envs import env_factory
+from eggroll_rl.errors import ConfigError
 from eggroll_rl.mujoco_vector import MujocoVectorEnv
 from eggroll_rl.serial_vector import SerialVectorEnv, SubEnvError
 
@@ -61,6 +62,12 @@ def test_infos_of_finished_episodes_arrive():
             break
         assert infos == {}
     assert infos["_is_success"].tolist() == terminations.tolist()
+
+
+def test_a_function_that_returns_one_env_again_and_again_is_refused():
+    env = toy.make_target()
+    with pytest.raises(ConfigError, match="same env twice"):
+        SerialVectorEnv([lambda: env] * 2)
 
 
 @pytest.mark.parametrize("fault", ["raise", "old_api"])

@@ -4,10 +4,11 @@ import warnings
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+import toy
 
 from eggroll_rl.envs import env_factory
-from eggroll_rl.errors import ConfigError
-from eggroll_rl.evaluation import Agent, evaluate
+from eggroll_rl.errors import ConfigError, RenderError
+from eggroll_rl.evaluation import Agent, batched, evaluate
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.videos import record
 
@@ -16,7 +17,7 @@ def agent(env_id, steps):
     factory = env_factory(env_id, max_episode_steps=steps)
     env = factory()
     policy = MlpPolicy(env.observation_space, env.action_space, net_arch=[4], zero_last_layer=False)
-    return Agent("test", lambda obs: policy.predict(obs)[0], factory)
+    return Agent("test", batched(lambda obs: policy.predict(obs)[0]), factory)
 
 
 def look(path):
@@ -41,13 +42,21 @@ def test_a_video_is_the_whole_episode_at_the_envs_frame_rate(env_id, fps, tmp_pa
     assert video.seconds == pytest.approx(13 / fps)
     assert np.abs(frames[0].astype(float) - frames[-1]).max() > 50  # something moved
     # Rendering did not change the episode.
-    assert video.episode_return == pytest.approx(evaluate(subject.predict, subject.factory, [3]).returns[0], abs=1e-4)
+    assert video.episode_return == pytest.approx(
+        evaluate(subject.predict, subject.factory, [1, 2, 3]).returns[2], abs=1e-9
+    )
     assert [path.name for path in video.path.parent.iterdir()] == ["video.mp4"]
 
 
 def test_gif_too(tmp_path):
     video = record(agent("Pendulum-v1", 5), tmp_path / "video.gif", progress_bar=False)
     assert len(look(video.path)[1]) == 6
+
+
+def test_an_env_that_draws_nothing_is_refused(tmp_path):
+    subject = Agent("test", lambda obs: np.zeros((len(obs), 2)), env_factory(toy.make_target))
+    with pytest.raises(RenderError, match="cannot render as 'rgb_array'"):
+        record(subject, tmp_path / "video.mp4")
 
 
 def test_other_formats_are_refused(tmp_path):

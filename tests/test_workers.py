@@ -93,6 +93,12 @@ def test_an_env_function_that_cannot_be_sent_says_so():
         trained(2, holds_a_lock)
 
 
+def test_workers_import_nothing_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "copy.py").write_text("raise SystemExit('a file that happens to lie here was run')")
+    monkeypatch.chdir(tmp_path)
+    trained(1, steps=100)
+
+
 def test_threads_are_put_back():
     torch.set_num_threads(2)
     trained(0, steps=100)
