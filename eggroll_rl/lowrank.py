@@ -14,7 +14,7 @@ Shapes: N members, P pairs, B batch, I inputs, O outputs, R rank.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,7 +127,11 @@ def perturbed_parameters(module: nn.Module) -> list[Perturbed]:
 
 def _is_altered(layer: nn.Linear, own: set[str]) -> bool:
     # Weight norm keeps other parameters and computes the weight in a hook; the batched form runs no hooks.
-    return not own <= {"weight", "bias"} or bool(layer._forward_hooks or layer._forward_pre_hooks)
+    return not own <= {"weight", "bias"} or _has_hooks(layer)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _mixes_members(layer: nn.Module) -> bool:
@@ -169,6 +173,19 @@ class PerturbedLinear(nn.Module):
         if self._bias_NO is not None:
             y_NBO += self._bias_NO.unsqueeze(1)
         return y_NBO.reshape(*x.shape[:-1], -1)
+
+
+class _Chain(nn.Module):
+    """A Sequential that calls its layers' forward: nn.Module's own call costs as much as a small kernel."""
+
+    def __init__(self, layers: Iterable[nn.Module]):
+        super().__init__()
+        self._forwards = [layer.forward for layer in layers]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for forward in self._forwards:
+            x = forward(x)
+        return x
 
 
 class Population:
@@ -231,6 +248,8 @@ class Population:
             converted: nn.Module = self._perturb(module)
         elif not module._modules:
             return module
+        elif type(module) is nn.Sequential and not any(_has_hooks(child) for child in module):
+            converted = _Chain(self._convert(child, seen) for child in module)
         else:
             converted = copy.copy(module)
             # copy.copy shares the dict of children with the original.

@@ -96,10 +96,11 @@ class MujocoVectorEnv(VectorEnv):
         self.batch.step(active, nstep=self.task.frame_skip)
         rewards, terminations = self.outcome(qpos_before, actions)
         self._elapsed += active
-        truncations = active & (self._elapsed >= self.max_episode_steps)
-        terminations = active & terminations
-        self._active = active & ~terminations & ~truncations
-        return self.observations(), np.where(active, rewards, 0.0), terminations, truncations, {}
+        truncations = self._elapsed >= self.max_episode_steps
+        if not active.all():
+            rewards, terminations, truncations = rewards * active, terminations & active, truncations & active
+        self._active = active & ~(terminations | truncations)
+        return self.observations(), rewards, terminations, truncations, {}
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the env that lent its model."""
@@ -125,7 +126,7 @@ class HalfCheetah(MujocoVectorEnv):
         """Forward velocity minus the cost of control."""
         task = self.task
         x_velocity = (self.qpos[:, 0] - qpos_before[:, 0]) / self.dt
-        cost = task._ctrl_cost_weight * np.sum(np.square(actions), axis=1)
+        cost = task._ctrl_cost_weight * np.add.reduce(np.square(actions), axis=1)
         return task._forward_reward_weight * x_velocity - cost, np.zeros(self.num_envs, dtype=bool)
 
 

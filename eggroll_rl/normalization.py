@@ -79,6 +79,7 @@ class ObsNormalizer(nn.Module):
     mean: Tensor
     m2: Tensor
     scale: Tensor
+    shift: Tensor
 
     def __init__(self, n_inputs: int, clip: float = 10.0, epsilon: float = 1e-8):
         super().__init__()
@@ -87,12 +88,14 @@ class ObsNormalizer(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(n_inputs, dtype=torch.float64))
         self.register_buffer("m2", torch.zeros(n_inputs, dtype=torch.float64))
-        # Follows from the others; kept so that the inner loop does not compute a square root per step.
+        # These follow from the others; kept so that the inner loop does not compute a square root per step.
         self.register_buffer("scale", torch.ones(n_inputs, dtype=torch.float64), persistent=False)
+        self.register_buffer("shift", torch.zeros(n_inputs, dtype=torch.float64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (..., I) of any dtype to float32."""
-        return ((x - self.mean) * self.scale).clamp_(-self.clip, self.clip).float()
+        # x·scale + shift in float64: the cancellation costs nothing that float32 could hold.
+        return torch.addcmul(self.shift, x, self.scale).clamp_(-self.clip, self.clip).float()
 
     @torch.no_grad()
     def combine(self, moments: Moments) -> None:
@@ -112,6 +115,7 @@ class ObsNormalizer(nn.Module):
             self.scale.copy_(torch.rsqrt(self.m2 / self.count + self.epsilon))
         else:
             self.scale.fill_(1.0)
+        self.shift.copy_(-self.mean * self.scale)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -107,6 +107,7 @@ class MlpPolicy(BasePolicy):
             low, high = (
                 torch.as_tensor(b, dtype=torch.float32).flatten() for b in (action_space.low, action_space.high)
             )
+            self._action_shape = action_space.shape
             self.register_buffer("_action_middle", (low + high) / 2, persistent=False)
             self.register_buffer("_action_half_range", (high - low) / 2, persistent=False)
 
@@ -146,7 +147,7 @@ class MlpPolicy(BasePolicy):
             return outputs.argmax(1) + int(self.action_space.start)
         unit = outputs.tanh() if self.squash_output else outputs.clamp(-1.0, 1.0)
         actions = torch.addcmul(self._action_middle, unit, self._action_half_range)
-        return actions.view(-1, *self.action_space.shape)  # type: ignore[misc]
+        return actions if len(self._action_shape) == 1 else actions.view(-1, *self._action_shape)
 
     def forward(self, obs: Tensor, deterministic: bool = True) -> Tensor:
         """Return the env's actions for a batch of raw observations."""

@@ -104,15 +104,16 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
     active_TN = np.empty((_MOMENTS_BLOCK, size), dtype=bool)
     t = 0
     active_N = np.arange(size) < n_members
-    reset_N = active_N
+    reset_N: np.ndarray | None = active_N
     with seeded_globals(noise, first):
         members = Population(policy.network, noise, first, size).members
         try:
             while active_N.any():
-                if reset_N.any():
+                if reset_N is not None:
                     row_seeds = [int(seeds_NE[i, episode_N[i]]) if reset_N[i] else None for i in range(size)]
                     obs, _ = envs.reset(seed=row_seeds, options={"reset_mask": reset_N})  # type: ignore[arg-type]
-                    _check_finite(obs, active_N, "observation", episode_error)
+                    _check_finite(np.zeros(size), obs, active_N, episode_error)
+                    reset_N = None
                 encoded = policy.encode(torch.from_numpy(obs))
                 seen_TNI[t], active_TN[t] = encoded.numpy(), active_N
                 t += 1
@@ -123,10 +124,8 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                 obs, rewards, terminations, truncations, infos = envs.step(actions.numpy())
                 return_N += rewards
                 length_N += active_N
-                _check_finite(rewards, active_N, "reward", episode_error)
-                _check_finite(obs, active_N, "observation", episode_error)
-                ended_N = active_N & (terminations | truncations)
-                reset_N = ended_N
+                _check_finite(rewards, obs, active_N, episode_error)
+                ended_N = terminations | truncations  # False where a sub-env is left alone
                 if ended_N.any():
                     rows = np.flatnonzero(ended_N)
                     returns_NE[rows, episode_N[rows]] = return_N[rows]
@@ -137,7 +136,8 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                     return_N[rows], length_N[rows] = 0, 0
                     episode_N[rows] += 1
                     active_N = active_N & (episode_N < n_episodes)
-                    reset_N = ended_N & active_N
+                    if active_N[rows].any():
+                        reset_N = ended_N & active_N
         except SubEnvError as error:
             length_N[error.index] += error.call == "step()"  # the step that was being made
             raise episode_error(error.index, f"the env raised in {error.call}: {error.summary}\n{error.text}") from None
@@ -147,14 +147,15 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
 
 
 def _check_finite(
-    values: np.ndarray, active_N: np.ndarray, what: str, episode_error: Callable[[int, str], EpisodeError]
+    rewards: np.ndarray, obs: np.ndarray, active_N: np.ndarray, episode_error: Callable[[int, str], EpisodeError]
 ) -> None:
-    if math.isfinite(values.sum()):
+    if math.isfinite(np.add.reduce(rewards, axis=None) + np.add.reduce(obs, axis=None)):
         return
-    bad_N = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1) & active_N
-    if bad_N.any():
-        row = int(np.flatnonzero(bad_N)[0])
-        raise episode_error(row, f"the env's {what} is not finite: {values[row]}")
+    for what, values in (("reward", rewards), ("observation", obs)):
+        bad_N = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1) & active_N
+        if bad_N.any():
+            row = int(np.flatnonzero(bad_N)[0])
+            raise episode_error(row, f"the env's {what} is not finite: {values[row]}")
 
 
 @contextmanager
