@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
+from gymnasium.envs.mujoco import MujocoEnv
+from mujoco import mjtRndFlag
 from tqdm.auto import tqdm
 
 from eggroll_rl.envs import time_limit
@@ -37,18 +40,20 @@ class Recording:
     seconds: float
 
 
-def record(agent: Agent, output: Path, seed: int = 0, progress_bar: bool = True) -> Recording:
+def record(agent: Agent, output: Path, seed: int = 0, plain: bool = False, progress_bar: bool = True) -> Recording:
     """Record the episode that starts from reset seed ``seed``, to its end.
 
     Rendering reads the simulation and never advances it: the episode is the one that runs unrecorded.
 
     :param output: ``.mp4`` (H.264, yuv420p, which every browser plays) or ``.gif``
+    :param plain: MuJoCo without shadows, reflections and smoothing, which is ten times faster without a GPU
     :raises ConfigError: another suffix
     :raises RenderError: nothing can render here; the text says what to install
     """
     if output.suffix not in {".mp4", ".gif"}:
         raise ConfigError(f"output must end in .mp4 or .gif, got {output}")
-    env = _make_renderable(agent)
+    choose_gl()
+    env = _build(agent, "rgb_array", plain)
     try:
         total = time_limit(env)
         fps = float(env.metadata.get("render_fps") or 30)
@@ -124,19 +129,20 @@ def _writer(path: Path, fps: float):  # type: ignore[no-untyped-def]  # imageio 
     )
 
 
-def _make_renderable(agent: Agent) -> gym.Env:
-    choose_gl()
-    return _build(agent, "rgb_array")
-
-
-def _build(agent: Agent, render_mode: str) -> gym.Env:
+def _build(agent: Agent, render_mode: str, plain: bool = False) -> gym.Env:
     with closing(agent.factory()) as probe:
         if render_mode not in probe.metadata.get("render_modes", ()):
             raise RenderError(f"{agent.name}'s env cannot render as {render_mode!r}")
     try:
         env = agent.factory(render_mode=render_mode)
         env.reset(seed=0)
+        if plain and isinstance(env.unwrapped, MujocoEnv):
+            env.unwrapped.model.vis.quality.offsamples = 0  # read when the first picture is made
         env.render()
+        if plain and isinstance(env.unwrapped, MujocoEnv):
+            viewer: Any = env.unwrapped.mujoco_renderer.viewer
+            for flag in (mjtRndFlag.mjRND_SHADOW, mjtRndFlag.mjRND_REFLECTION):
+                viewer.scn.flags[int(flag)] = 0
     except gym.error.DependencyNotInstalled as error:
         raise RenderError(f"{error}: pip install 'eggroll-rl[classic]' brings it") from error
     except ConfigError:

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -105,3 +108,16 @@ def test_missing_and_foreign_folders_are_named(tmp_path):
         load_agent(tmp_path / "none")
     with pytest.raises(RunFolderError, match="no config.toml"):
         load_agent(tmp_path)
+
+
+PUBLISHED = sorted((Path(__file__).parent.parent / "agents").glob("*/*/results.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_published_agents_load_and_act_as_they_did(path):
+    results = json.loads(path.read_text())
+    for which, recorded in (("policy", results["evaluation"]), ("best", results["best"])):
+        agent = load_agent(path.parent, which)
+        again = evaluate(agent.predict, agent.factory, recorded["seeds"][:2])
+        # Not to the bit: another processor may round differently.
+        assert again.returns == pytest.approx(recorded["returns"][:2], rel=0.5)

@@ -31,10 +31,12 @@ def look(path):
     return content
 
 
-@pytest.mark.parametrize(("env_id", "fps"), [("HalfCheetah-v5", 20), ("Pendulum-v1", 30)])
-def test_a_video_is_the_whole_episode_at_the_envs_frame_rate(env_id, fps, tmp_path):
+@pytest.mark.parametrize(
+    ("env_id", "fps", "plain"), [("HalfCheetah-v5", 20, False), ("HalfCheetah-v5", 20, True), ("Pendulum-v1", 30, True)]
+)
+def test_a_video_is_the_whole_episode_at_the_envs_frame_rate(env_id, fps, plain, tmp_path):
     subject = agent(env_id, 12)
-    video = record(subject, tmp_path / "folder" / "video.mp4", seed=3, progress_bar=False)
+    video = record(subject, tmp_path / "folder" / "video.mp4", seed=3, plain=plain, progress_bar=False)
     about, frames = look(video.path)
     assert about["codec"] == "h264" and about["pix_fmt"].startswith("yuv420p")
     assert about["fps"] == fps == video.fps
