@@ -50,9 +50,11 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"cannot write {path}: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise RunFolderError(f"cannot write {path}: {error.strerror}") from error
+        raise
     if os.name == "posix":  # Windows opens no folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -168,9 +170,12 @@ def _bound_to_json(bound: np.ndarray) -> Any:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with the same keys."""
+    """Write rows with the same keys; without any, remove the file."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["generation"], lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, text.getvalue().encode())

@@ -95,7 +95,7 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
     from eggroll_rl.training import Interrupted, load_run_config
     from eggroll_rl.training import train as run
 
-    packages = flags.pop("gym_packages")
+    packages = named_packages = flags.pop("gym_packages")
     given = {name: value for name, value in flags.items() if value is not None and _was_given(context, name)}
     if resume:
         if output is None:
@@ -104,6 +104,8 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
     else:
         table = load_preset(env)
         config = RunConfig.from_dict({**table, **{n: v for n, v in given.items() if n not in _OVERRIDES}}, env)
+        if given.get("policy", config.eggroll.get("policy")) != config.eggroll.get("policy"):
+            config.eggroll.pop("policy_kwargs", None)  # the preset's are for its own policy
         config.eggroll.update({n: v for n, v in given.items() if n in _OVERRIDES})
         if output is None:
             output = default_folder(config.env_id, config.seed)
@@ -113,7 +115,9 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
     try:
         results = run(config, output, resume, overwrite, packages, progress_bar=sys.stderr.isatty())
     except Interrupted as stop:
-        click.echo(f"stopped and saved; continue with: eggroll-rl train {env} --output {output} --resume", err=True)
+        named = "".join(f" --gym-packages {package}" for package in named_packages)
+        again = f"eggroll-rl train {env} --output {output} --resume{named}"
+        click.echo(f"stopped and saved; continue with: {again}", err=True)
         sys.exit(128 + stop.signum)
     final, best = results["evaluation"], results["best"]
     click.echo(
@@ -137,7 +141,7 @@ def _was_given(context: click.Context, name: str) -> bool:
 def _resumed(config: Any, env: str, given: dict[str, Any]) -> Any:
     """Apply the flags that may change in a resumed run, and refuse the others."""
     free = {"n_workers", "eval_freq", "checkpoint_every", "total_timesteps"}
-    stored = {**vars(config), **config.eggroll}
+    stored = {**config.eggroll, **vars(config)}
     for name, value in given.items():
         if name in free:
             setattr(config, name, value)
@@ -270,6 +274,8 @@ def main() -> None:
     except EggrollError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -130,7 +130,7 @@ class RunConfig:
     def of_the_result(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share: all that decide the next generation."""
         names = ("env_id", "env_kwargs", "wrappers", "max_episode_steps", "seed", "eggroll")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def model(self, factory: EnvFactory) -> EGGROLL:
         """Return the untrained model."""

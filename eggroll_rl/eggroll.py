@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wra
 from tqdm.auto import tqdm
 
 from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks
-from eggroll_rl.envs import EnvFactory, EnvSource, env_factory, time_limit
+from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, time_limit
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import EvolutionStrategy, check_population, check_positive, check_whole
 from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping
@@ -81,7 +81,7 @@ class EGGROLL(BaseAlgorithm):
         population_size: int = 64,
         sigma: float | str | Schedule = 0.05,
         rank: int = 1,
-        learning_rate: float | str | Schedule = 0.03,
+        learning_rate: float | str | Schedule = 0.015,
         n_eval_episodes: int = 1,
         fitness_shaping: str | FitnessShaping = "centered_rank",
         best_fraction: float | None = None,
@@ -125,6 +125,8 @@ class EGGROLL(BaseAlgorithm):
 
         self.last_generation: dict[str, float] = {}
         made, factory = self._make_env(env, env_kwargs)
+        if made is not None and factory is None and max_episode_steps is not None:
+            raise ConfigError("max_episode_steps needs an env given by id or function; this one is already made")
         self._factory = factory
         super().__init__(
             policy=policy,
@@ -165,9 +167,8 @@ class EGGROLL(BaseAlgorithm):
     def _make_env(self, env: Any, env_kwargs: dict[str, Any] | None) -> tuple[GymEnv | None, EnvFactory | None]:
         """Return an env for SB3 and how to rebuild it in training, or a ready-made env and None."""
         if env is None or isinstance(env, gym.Env | VecEnv):
-            for name, value in (("env_kwargs", env_kwargs), ("max_episode_steps", env and self.max_episode_steps)):
-                if value:
-                    raise ConfigError(f"{name} needs an env given by id or function; this one is already made")
+            if env_kwargs:
+                raise ConfigError("env_kwargs needs an env given by id or function; this one is already made")
             if isinstance(env, VecEnv):
                 self._refuse_vec_normalize(env)
             return env, None
@@ -175,12 +176,9 @@ class EGGROLL(BaseAlgorithm):
         training = factory if self.max_episode_steps is None else factory.with_cap(self.max_episode_steps)
         made = factory()
         check_spaces(made.observation_space, made.action_space)
-        try:
-            time_limit(made)
-        except ConfigError:
-            # The cap is for training only, unless nothing else ends an episode.
-            made = training()
-            time_limit(made)
+        if time_limit(made) is None and self.max_episode_steps is not None:
+            made = training()  # the cap is for training only, unless nothing else ends an episode
+        check_time_limit(made)
         return made, training
 
     def set_env(
@@ -227,6 +225,8 @@ class EGGROLL(BaseAlgorithm):
         # load() may have put changed settings in place of the checked ones.
         self.sigma = make_schedule("sigma", self.sigma)
         self.optimizer = find_optimizer(self.optimizer)
+        if isinstance(self.learning_rate, str):
+            self.learning_rate = make_schedule("learning_rate", self.learning_rate)
         self._check_settings()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -355,7 +355,8 @@ class EGGROLL(BaseAlgorithm):
     def _make_evaluator(self) -> Evaluator:
         assert self.env is not None
         if self._factory is None:
-            self._say("compatible mode: this env is stepped as it is, in this process, with fewer guarantees")
+            ignored = "" if self.max_episode_steps is None else "; max_episode_steps is ignored"
+            self._say(f"compatible mode: this env is stepped as it is, in this process, with fewer guarantees{ignored}")
             return VecEnvEvaluator(self.policy, self.env)
         n_workers = count_workers(self.n_workers, self.population_size, self.slice_size)
         self._say(f"native mode: {self._factory.describe_vector()}, {n_workers} worker processes")
@@ -382,10 +383,11 @@ class EGGROLL(BaseAlgorithm):
         # One after the other, as a VecEnv of this size would have shown them.
         assert self.env is not None
         stride, ends = self.env.num_envs, dict(zip(np.cumsum(lengths).tolist(), infos, strict=True))
-        for step in range(0, int(lengths.sum()), stride):
+        total = int(lengths.sum())
+        for step in range(0, total, stride):
             shown = [ends.get(step + i, {}) for i in range(1, stride + 1)]
             dones = np.array(["episode" in info for info in shown])
-            self.num_timesteps += stride
+            self.num_timesteps += min(stride, total - step)
             self._update_info_buffer(shown, dones)
             # The names that SB3's callbacks look up.
             callback.update_locals({"dones": dones, "infos": shown, "self": self})

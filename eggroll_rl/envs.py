@@ -2,7 +2,9 @@
 
 import difflib
 import importlib
+import random
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from typing import Any
 
 import gymnasium as gym
 import gymnasium.wrappers as gym_wrappers
+import numpy as np
+import torch
 from gymnasium.envs.registration import EnvSpec, registry
 from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import TimeLimit
@@ -80,11 +84,9 @@ class EnvFactory:
         """Make ``num_envs`` of them as one vector env, on ``mujoco.batch`` where the task qualifies."""
         task = self._vector_task()
         if task is None:
-            envs = SerialVectorEnv([self] * num_envs)
-            time_limit(envs.envs[0])
-            return envs
+            return SerialVectorEnv([self] * num_envs)
         env = self()
-        return task(env, num_envs, time_limit(env))
+        return task(env, num_envs, time_limit(env) or sys.maxsize)
 
     def describe_vector(self) -> str:
         """Name the vector env that :meth:`vector` makes, for the log."""
@@ -140,43 +142,55 @@ def find_spec(env_id: str) -> EnvSpec:
     raise ConfigError(f"unknown env {env_id!r}{hint}")
 
 
-def time_limit(env: gym.Env) -> int:
-    """Return the env's time limit in steps: that of its ``TimeLimit`` wrappers, or else one of its own.
-
-    An env that truncates by itself is recognised by running it with random actions for a while.
-
-    :raises ConfigError: there is none to be seen, so an episode might never end
-    """
+def time_limit(env: gym.Env) -> int | None:
+    """Return the least limit of the env's ``TimeLimit`` wrappers, in steps."""
     limits = []
     layer: Any = env
     while isinstance(layer, gym.Wrapper):
         if isinstance(layer, TimeLimit):
             limits.append(layer._max_episode_steps)
         layer = layer.env
-    if not limits and (own := _first_truncation(env)):
-        return own
-    if not limits:
-        name = env.spec.id if env.spec else type(layer).__name__
+    return min(limits, default=None)
+
+
+def check_time_limit(env: gym.Env) -> None:
+    """Refuse an env whose episodes may never end.
+
+    An env without ``TimeLimit`` that truncates by itself is recognised by running it with random actions.
+
+    :raises ConfigError: no limit is there, and none showed in 5,000 steps
+    """
+    if time_limit(env) is None and not _truncates(env, 5000):
+        name = env.spec.id if env.spec else type(env.unwrapped).__name__
         raise ConfigError(
-            f"{name} has no time limit, so an episode might never end: set max_episode_steps, "
+            f"{name} shows no time limit, so an episode might never end: set max_episode_steps, "
             "or wrap it in gymnasium.wrappers.TimeLimit"
         )
-    return min(limits)
 
 
-def _first_truncation(env: gym.Env, steps: int = 5000) -> int | None:
-    env.action_space.seed(0)
-    length = 0
-    env.reset(seed=0)
-    for _ in range(steps):
-        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-        length += 1
-        if truncated:
-            return length
-        if terminated:
-            env.reset()
-            length = 0
-    return None
+def _truncates(env: gym.Env, steps: int) -> bool:
+    with global_generators_kept():
+        env.action_space.seed(0)
+        env.reset(seed=0)
+        for _ in range(steps):
+            _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+            if truncated:
+                return True
+            if terminated:
+                env.reset()
+    return False
+
+
+@contextmanager
+def global_generators_kept() -> Iterator[None]:
+    """Put the global generators of random, numpy and torch back: an env may draw from them."""
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])
+        torch.set_rng_state(saved[2])
 
 
 @contextmanager

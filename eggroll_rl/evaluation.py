@@ -10,7 +10,7 @@ import numpy as np
 
 from eggroll_rl.agents import load_policy
 from eggroll_rl.config import RunConfig
-from eggroll_rl.envs import EnvFactory, env_factory, mujoco_warnings_silenced, read_toml
+from eggroll_rl.envs import EnvFactory, check_time_limit, env_factory, mujoco_warnings_silenced, read_toml
 from eggroll_rl.errors import ConfigError, ConsentError, EpisodeError, RunFolderError
 from eggroll_rl.es import one_thread
 from eggroll_rl.serial_vector import SubEnvError
@@ -143,10 +143,11 @@ def load_agent(
         config.env_id = env_id
     policy = load_policy(path / f"{which}.safetensors")
     factory = config.factory(gym_packages)
-    if env_id is not None:
-        with closing(factory()) as env:
-            if (env.observation_space, env.action_space) != (policy.observation_space, policy.action_space):
-                raise ConfigError(f"{env_id} has other spaces than {path} was trained on")
+    with closing(factory()) as env:
+        check_time_limit(env)
+        same = (env.observation_space, env.action_space) == (policy.observation_space, policy.action_space)
+    if env_id is not None and not same:
+        raise ConfigError(f"{env_id} has other spaces than {path} was trained on")
     return Agent(path.name, batched(lambda obs: policy.predict(obs)[0]), factory)
 
 
@@ -171,6 +172,8 @@ def _load_sb3(
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
     factory = env_factory(env_id) if ":" in env_id else RunConfig(env_id).factory(packages)
+    with closing(factory()) as env:
+        check_time_limit(env)
     try:
         model = algorithm.load(path, device="cpu")
         if vec_normalize is None:

@@ -14,7 +14,8 @@ Shapes: N members, P pairs, B batch, I inputs, O outputs, R rank.
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,12 +176,12 @@ class PerturbedLinear(nn.Module):
         return y_NBO.reshape(*x.shape[:-1], -1)
 
 
-class _Chain(nn.Module):
+class _Chain(nn.Sequential):
     """A Sequential that calls its layers' forward: nn.Module's own call costs as much as a small kernel."""
 
-    def __init__(self, layers: Iterable[nn.Module]):
-        super().__init__()
-        self._forwards = [layer.forward for layer in layers]
+    def __init__(self, layers: OrderedDict[str, nn.Module]):
+        super().__init__(layers)
+        self._forwards = [layer.forward for layer in layers.values()]
 
     def forward(self, x: Tensor) -> Tensor:
         for forward in self._forwards:
@@ -248,8 +249,8 @@ class Population:
             converted: nn.Module = self._perturb(module)
         elif not module._modules:
             return module
-        elif type(module) is nn.Sequential and not any(_has_hooks(child) for child in module):
-            converted = _Chain(self._convert(child, seen) for child in module)
+        elif type(module) is nn.Sequential and not any(_has_hooks(layer) for layer in (module, *module)):
+            converted = _Chain(OrderedDict((name, self._convert(c, seen)) for name, c in module.named_children()))
         else:
             converted = copy.copy(module)
             # copy.copy shares the dict of children with the original.

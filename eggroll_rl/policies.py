@@ -3,6 +3,7 @@
 ``predict(raw_obs)`` works everywhere; no statistics have to be carried beside the model.
 """
 
+import copy
 import math
 from itertools import pairwise
 from typing import Any, Self
@@ -160,9 +161,9 @@ class MlpPolicy(BasePolicy):
         return self(observation)
 
     def replica(self) -> Self:
-        """Return a policy of the same architecture on the CPU, without the optimizer; its state is not copied."""
-        with torch.random.fork_rng(devices=[]):
-            return type(self)(**self._get_constructor_parameters())
+        """Return a copy on the CPU, without the optimizer."""
+        optimizer = getattr(self, "optimizer", None)
+        return copy.deepcopy(self, {id(optimizer): None}).cpu()
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
+from eggroll_rl.envs import global_generators_kept
 from eggroll_rl.errors import EpisodeError
 from eggroll_rl.lowrank import Noise, Population
 from eggroll_rl.normalization import Moments
@@ -161,14 +162,10 @@ def _check_finite(
 @contextmanager
 def seeded_globals(noise: Noise, first: int) -> Iterator[None]:
     """Seed the global generators for one slice and put them back: an env may draw from them."""
-    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = np.random.SeedSequence(noise.seed, spawn_key=(_GLOBALS_STREAM, noise.generation, first)).generate_state(1)[0]
-    random.seed(int(seed))
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would touch accelerators too
-    try:
+    sequence = np.random.SeedSequence(noise.seed, spawn_key=(_GLOBALS_STREAM, noise.generation, first))
+    seed = int(sequence.generate_state(1)[0])
+    with global_generators_kept():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch accelerators too
         yield
-    finally:
-        random.setstate(saved[0])
-        np.random.set_state(saved[1])
-        torch.set_rng_state(saved[2])

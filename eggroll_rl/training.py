@@ -3,17 +3,18 @@
 import importlib.metadata
 import os
 import platform
-import shutil
 import signal
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import tomli_w
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,7 +22,7 @@ from eggroll_rl import agents
 from eggroll_rl.callbacks import GenerationCallback
 from eggroll_rl.config import RunConfig
 from eggroll_rl.eggroll import EGGROLL
-from eggroll_rl.envs import EnvFactory, read_toml, time_limit
+from eggroll_rl.envs import EnvFactory, check_time_limit, read_toml
 from eggroll_rl.errors import ConfigError, RunFolderError
 from eggroll_rl.evaluation import Evaluation, batched, evaluate
 from eggroll_rl.workers import available_cores, count_workers
@@ -58,7 +59,7 @@ def train(
     """
     _check_folder(folder, resume, overwrite)
     factory = config.factory(gym_packages)
-    time_limit(factory())  # the training cap does not end an evaluation
+    check_time_limit(factory())  # the training cap does not end an evaluation
     model = config.model(factory)
     config.resolve(model)
     recorder = RunRecorder(config, folder, factory)
@@ -68,6 +69,7 @@ def train(
     else:
         _make_folder(folder, overwrite)
     agents.write_atomic(folder / "config.toml", config.to_toml().encode())
+    recorder.checkpoint()  # from here on there is something to resume
     remaining = config.total_timesteps - model.num_timesteps
     if remaining > 0:
         with recorder.signals():
@@ -246,7 +248,7 @@ class RunRecorder(GenerationCallback):
             **self._about(),
             "training_seconds": self.training_seconds,
             "optimizer_numbers": numbers,
-            "settings": self.config.of_the_result(),
+            "settings": tomli_w.dumps(self.config.of_the_result()),
         }
         agents.save_tensors(self.folder / "training.safetensors", "training", tensors, about)
 
@@ -257,27 +259,26 @@ class RunRecorder(GenerationCallback):
         """
         path = self.folder / "training.safetensors"
         tensors, about = agents.load_tensors(path, "training")
-        for name, value in self.config.of_the_result().items():
-            if about["settings"].get(name) != value:
-                raise RunFolderError(
-                    f"{path} does not fit {self.folder / 'config.toml'}: {name} was {about['settings'].get(name)}"
-                )
-        policy = {n.removeprefix("policy."): t for n, t in tensors.items() if n.startswith("policy.")}
-        state: dict[int, dict[str, Any]] = {}
-        entries = {n.removeprefix("optimizer."): t for n, t in tensors.items() if n.startswith("optimizer.")}
-        for name, value in {**entries, **about["optimizer_numbers"]}.items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = value
-        es = model.evolution_strategy
-        optimizer = {**es.optimizer.state_dict(), "state": state}
         try:
+            before, now = tomllib.loads(about["settings"]), tomllib.loads(tomli_w.dumps(self.config.of_the_result()))
+            for name in {*before, *now}:
+                if before.get(name) != now.get(name):
+                    raise ValueError(f"{name} was {before.get(name)}")
+            policy = {n.removeprefix("policy."): t for n, t in tensors.items() if n.startswith("policy.")}
+            entries = {n.removeprefix("optimizer."): t for n, t in tensors.items() if n.startswith("optimizer.")}
+            state: dict[int, dict[str, Any]] = {}
+            for name, value in {**entries, **about["optimizer_numbers"]}.items():
+                index, _, key = name.partition(".")
+                state.setdefault(int(index), {})[key] = value
+            es = model.evolution_strategy
+            optimizer = {**es.optimizer.state_dict(), "state": state}
             model.policy.load_state_dict(policy)
             es.load_state_dict({"seed": es.seed, "generation": about["generation"], "optimizer": optimizer})
-        except (RuntimeError, ValueError, KeyError) as error:
+            model._n_updates, model.num_timesteps = about["generation"], about["timesteps"]
+            self.seconds_before = about["training_seconds"]
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{path} does not fit {self.folder / 'config.toml'}: {error}") from error
-        model._n_updates, model.num_timesteps = about["generation"], about["timesteps"]
         self._boundary = {"generation": about["generation"], "timesteps": about["timesteps"]}
-        self.seconds_before = about["training_seconds"]
         rows = agents.read_csv(self.folder / "progress.csv")
         self.rows = [row for row in rows if int(row["generation"]) <= about["generation"]]
         agents.write_csv(self.folder / "progress.csv", self.rows)
@@ -349,16 +350,17 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     elif folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise RunFolderError(f"{folder} exists: continue it with --resume, replace it with --overwrite")
-        foreign = sorted({path.name for path in folder.iterdir()} - agents.RUN_FILES)
-        if folder.is_symlink() or foreign:
-            what = f"it holds {', '.join(foreign[:3])}" if foreign else "it is a link"
-            raise RunFolderError(f"{folder} is not just a run folder ({what}): --overwrite leaves it alone")
+        try:
+            load_run_config(folder)
+        except (ConfigError, RunFolderError) as error:
+            raise RunFolderError(f"{folder} is not a run folder: --overwrite leaves it alone ({error})") from error
 
 
 def _make_folder(folder: Path, overwrite: bool) -> None:
     try:
         if overwrite and folder.exists():
-            shutil.rmtree(folder)
+            for name in agents.RUN_FILES:  # and nothing else that lies there
+                (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"cannot write {folder}: {error.strerror}") from error

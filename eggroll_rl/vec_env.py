@@ -67,16 +67,15 @@ class VecEnvEvaluator:
             active = np.flatnonzero(active_N)
             returns_NE[active, episode_N[active]] += rewards[active]
             lengths_NE[active, episode_N[active]] += 1
-            _check_finite(generation, first, rewards[active], active, "reward")
-            _check_finite(generation, first, np.asarray(obs)[active], active, "observation")
+            for what, values in (("reward", rewards), ("observation", np.asarray(obs))):
+                bad = active[~np.isfinite(values[active].reshape(len(active), -1)).all(axis=1)]
+                if len(bad):
+                    row = int(bad[0])
+                    raise EpisodeError(
+                        f"generation {noise.generation}, member {first + row}, episode {episode_N[row]}, "
+                        f"step {lengths_NE[row, episode_N[row]]}: the env's {what} is not finite: {values[row]}"
+                    )
             episode_N += active_N & dones
         real = Moments(moments.count[:n_members], moments.mean[:n_members], moments.m2[:n_members])
         unknown = np.full_like(returns_NE, np.nan)
         return RolloutResult(first, returns_NE, lengths_NE, unknown, real, steps - int(lengths_NE.sum()))
-
-
-def _check_finite(generation: Generation, first: int, values: np.ndarray, rows: np.ndarray, what: str) -> None:
-    bad = rows[~np.isfinite(values.reshape(len(rows), -1)).all(axis=1)]
-    if len(bad):
-        where = f"generation {generation.noise.generation}, member {first + bad[0]}"
-        raise EpisodeError(f"{where}: the env's {what} is not finite")

@@ -69,6 +69,17 @@ def test_resume_and_overwrite(run, here):
     assert run("train", "CartPole-v1", *SMALL, "--output", "run", "--overwrite")[0] == 0
 
 
+def test_another_policy_drops_the_presets_policy_settings(run, here):
+    status, _, err = run("train", "CartPole-v1", *SMALL, "--policy", "LinearPolicy", "--output", "run")
+    assert status == 0, err
+
+
+def test_the_time_limit_of_the_task_survives_a_resume(run, here):
+    limit = ["--max-episode-steps", "30", "--output", "run"]
+    run("train", "CartPole-v1", *SMALL, *limit)
+    assert run("train", "CartPole-v1", *limit, "--resume", "--n-workers", "0")[0] == 0
+
+
 def test_schedules_and_modules_on_the_command_line(run, here):
     status, _, err = run("train", "toy_env:Toy-v0", *SMALL, "--output", "run", "--sigma", "lin_0.2")
     assert status == 0, err
@@ -95,7 +106,7 @@ MISTAKES = [
     (["train", "CartPole-v1", "--seed", "-4"], "seed must be.*got -4"),
     (["train", "CartPole-v1", "--output", "/proc/none/run"], "cannot write /proc/none/run"),
     (["train", "CartPole-v1", "--resume", "--overwrite"], "no run to resume"),
-    (["train", "CliffWalking-v1"], "CliffWalking-v1 has no time limit.*max_episode_steps"),
+    (["train", "CliffWalking-v1"], "CliffWalking-v1 shows no time limit.*max_episode_steps"),
     (["train", "no_such_module:Env-v0"], "no_such_module"),
     (["train", "none.toml"], "cannot read none.toml"),
     (["train", "CartPole-v1", "--sgima", "1"], "No such option '?--sgima"),

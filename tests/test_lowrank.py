@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -157,6 +158,34 @@ def test_a_module_with_its_own_forward_works_and_is_left_as_it_was():
         assert torch.allclose(y[member], dense(module, population, member, x), atol=1e-10)
     assert type(module.inner) is nn.Linear
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def test_parts_of_a_sequential_can_be_used_by_themselves():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(OrderedDict(first=nn.Linear(5, 5), act=nn.Tanh(), last=nn.Linear(5, 2)))
+
+        def forward(self, x):
+            y = x
+            for layer in self.body:
+                y = layer(y)
+            return y + self.body.last(self.body[0](x))
+
+    module = Parts().double()
+    population = Population(module, make_noise())
+    x = torch.randn(3, 5).double()
+    for member in range(8):
+        assert torch.allclose(population.forward(x)[member], dense(module, population, member, x), atol=1e-10)
+
+
+def test_hooks_of_a_sequential_are_kept():
+    module = nn.Sequential(mlp())
+    module[0].register_forward_hook(lambda module, args, output: 100 * output)
+    population = Population(module, make_noise())
+    x = torch.randn(3, 5).double()
+    for member in range(8):
+        assert torch.allclose(population.forward(x)[member], dense(module, population, member, x), atol=1e-8)
 
 
 def test_tied_weights_share_one_perturbation():

@@ -102,6 +102,22 @@ def test_constructor_arguments_survive_saving(tmp_path):
     assert isinstance(loaded.network[1], nn.ReLU) and loaded.network[0].bias is None
 
 
+def test_a_replica_is_the_same_policy_also_of_a_subclass():
+    class Amplified(MlpPolicy):
+        def __init__(self, observations, actions, gain=1.0):
+            super().__init__(observations, actions, net_arch=[4], zero_last_layer=False)
+            self.gain = gain
+
+        def features(self, encoded):
+            return self.gain * super().features(encoded)
+
+    policy = Amplified(OBS, BOX, gain=3.0)
+    policy.optimizer = torch.optim.Adam(policy.parameters())
+    replica = policy.replica()
+    assert replica.optimizer is None and policy.optimizer is not None
+    assert np.array_equal(replica.predict(np.ones(3))[0], policy.predict(np.ones(3))[0])
+
+
 def test_the_linear_policy_is_one_layer():
     policy = LinearPolicy(OBS, BOX)
     assert [tuple(p.shape) for p in policy.network.parameters()] == [(2, 3)]

@@ -138,6 +138,35 @@ def test_a_run_that_dies_resumes_from_its_last_checkpoint(finished, tmp_path, mo
     assert_same_run(finished, folder)
 
 
+def test_overwriting_a_run_removes_its_files_and_nothing_else(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    (tmp_path / "copy" / "video.mp4").write_text("mine")
+    train(config(eval_freq=0), tmp_path / "copy", overwrite=True, progress_bar=False)
+    assert (tmp_path / "copy" / "video.mp4").exists()
+    assert len(agents.read_evaluations(tmp_path / "copy" / "evaluations.npz")) == 1
+
+
+def test_a_run_can_be_resumed_before_its_first_generation(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.RunRecorder, "_on_rollout_start", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(), folder, progress_bar=False)
+    train(load_run_config(folder), folder, resume=True, progress_bar=False)
+    assert_same_run(finished, folder)
+
+
+def test_infinity_in_the_settings_of_an_env_is_saved(tmp_path):
+    eggroll = {**config().eggroll, "max_episode_steps": 5}
+    settings = {"env_id": "Hopper-v5", "env_kwargs": {"healthy_z_range": [0.7, float("inf")]}, "eggroll": eggroll}
+    train(config(**settings, total_timesteps=50), tmp_path / "run", progress_bar=False)
+    train(load_run_config(tmp_path / "run"), tmp_path / "run", resume=True, progress_bar=False)
+
+
 def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "copy")
     train(load_run_config(tmp_path / "copy"), tmp_path / "copy", resume=True, progress_bar=False)
@@ -160,10 +189,10 @@ def test_an_existing_folder_is_refused_unless_the_user_says_what_to_do(finished,
     (marker / "thesis.tex").write_text("precious")
     with pytest.raises(RunFolderError, match="--resume.*--overwrite"):
         train(config(), finished)
-    for name in ("config.toml", "results.json"):
-        (marker / name).write_text("")
-    with pytest.raises(RunFolderError, match="not just a run folder .it holds thesis.tex"):
+    (marker / "config.toml").write_text('title = "of something else"')
+    with pytest.raises(RunFolderError, match="not a run folder: --overwrite leaves it alone"):
         train(config(), marker, overwrite=True)
+    assert "something else" in (marker / "config.toml").read_text()
     assert (marker / "thesis.tex").read_text() == "precious"
     with pytest.raises(RunFolderError, match="no training.safetensors"):
         train(config(), marker, resume=True)
@@ -199,7 +228,7 @@ def test_a_run_can_be_made_longer(finished, tmp_path):
 
 def test_evaluation_needs_a_limit_that_is_not_only_for_training(tmp_path):
     eggroll = {**config().eggroll, "max_episode_steps": 5}
-    with pytest.raises(ConfigError, match="CliffWalking-v1 has no time limit"):
+    with pytest.raises(ConfigError, match="CliffWalking-v1 shows no time limit"):
         train(config(env_id="CliffWalking-v1", eggroll=eggroll), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -49,10 +49,14 @@ def test_envs_that_draw_from_global_generators_too():
     assert digest(trained(0, toy.make_sloppy)) == digest(trained(2, toy.make_sloppy))
 
 
-@pytest.mark.parametrize("n_workers", [0, 2])
 @pytest.mark.parametrize(
-    ("fault", "what"),
-    [("raise", "ZeroDivisionError: broken step"), ("nan_reward", "reward is not finite"), ("nan_obs", "observation")],
+    ("fault", "what", "n_workers"),
+    [
+        ("raise", "ZeroDivisionError: broken step", 0),
+        ("raise", "ZeroDivisionError: broken step", 2),
+        ("nan_reward", "reward is not finite", 1),
+        ("nan_obs", "observation", 0),
+    ],
 )
 def test_an_error_in_an_env_comes_home_and_changes_nothing(n_workers, fault, what):
     model = EGGROLL("MlpPolicy", toy.make_fault(fault), seed=0, n_workers=n_workers, population_size=8, slice_size=4)
