@@ -1,9 +1,12 @@
 """Low-rank evolution strategies (EGGROLL, arXiv 2511.16652) for Gymnasium agents.
 
-Names load on first use, so that ``from eggroll_rl import EvolutionStrategy`` needs torch and numpy only.
+Importing it registers ``eggroll_rl/<Task>-v5`` with Gymnasium. Names load on first use, so that
+``from eggroll_rl import EvolutionStrategy`` loads neither MuJoCo nor Stable-Baselines3.
 """
 
 from typing import TYPE_CHECKING, Any
+
+from eggroll_rl.registration import register_envs
 
 if TYPE_CHECKING:
     from eggroll_rl.eggroll import EGGROLL
@@ -11,6 +14,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["EGGROLL", "EvolutionStrategy", "__version__"]
+
+register_envs()
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,6 @@ import difflib
 import importlib
 import random
 import re
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,13 @@ import gymnasium.wrappers as gym_wrappers
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec, registry
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import TimeLimit
 
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import check_whole
-from eggroll_rl.mujoco_vector import MujocoVectorEnv, vector_task
+from eggroll_rl.mujoco_tasks import vector_task
+from eggroll_rl.mujoco_vector import MujocoVectorEnv, mujoco_warnings_silenced
 from eggroll_rl.serial_vector import SerialVectorEnv
 
 _PURE_WRAPPERS = (
@@ -85,8 +85,14 @@ class EnvFactory:
         task = self._vector_task()
         if task is None:
             return SerialVectorEnv([self] * num_envs)
-        env = self()
-        return task(env, num_envs, time_limit(env) or sys.maxsize)
+        assert isinstance(self.source, EnvSpec)
+        limits = [self.max_episode_steps or self.source.max_episode_steps, self.episode_cap]
+        return task(
+            num_envs,
+            max_episode_steps=min((limit for limit in limits if limit is not None), default=None),
+            autoreset_mode=AutoresetMode.DISABLED,
+            **{**self.source.kwargs, **self.kwargs},
+        )
 
     def describe_vector(self) -> str:
         """Name the vector env that :meth:`vector` makes, for the log."""
@@ -191,19 +197,6 @@ def global_generators_kept() -> Iterator[None]:
         random.setstate(saved[0])
         np.random.set_state(saved[1])
         torch.set_rng_state(saved[2])
-
-
-@contextmanager
-def mujoco_warnings_silenced() -> Iterator[None]:
-    """Keep MuJoCo from printing warnings and writing MUJOCO_LOG.TXT into the working directory."""
-    import mujoco
-
-    before = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda message: None)
-    try:
-        yield
-    finally:
-        mujoco.set_mju_user_warning(before)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import numpy as np
 
 from eggroll_rl.agents import load_policy
 from eggroll_rl.config import RunConfig
-from eggroll_rl.envs import EnvFactory, check_time_limit, env_factory, mujoco_warnings_silenced, read_toml
+from eggroll_rl.envs import EnvFactory, check_time_limit, env_factory, read_toml
 from eggroll_rl.errors import ConfigError, ConsentError, EpisodeError, RunFolderError
 from eggroll_rl.es import one_thread
+from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
 from eggroll_rl.serial_vector import SubEnvError
 
 Predict = Callable[[np.ndarray], np.ndarray]

@@ -1,72 +1,176 @@
-"""Gymnasium's MuJoCo tasks on ``mujoco.batch``: bit-identical to ``gym.make``, without Python per env.
+"""``MujocoVectorEnv``: many simulations of one Gymnasium MuJoCo task, without Python per env.
 
-``Batch`` steps many simulations of one model from C++ and hands out live arrays, so that rewards and
-observations are computed for all sub-envs at once. It needs mujoco 3.17; :func:`vector_task` says whether a task
-is here, and everything else goes through :class:`eggroll_rl.serial_vector.SerialVectorEnv`.
+``mujoco.batch.Batch`` (mujoco 3.17) steps the simulations from C++ and hands out live arrays, so that rewards and
+observations are computed for all sub-envs at once. It is the same engine on the same model: every number is
+Gymnasium's to the last bit. What a task is (its observation, reward and termination) is in
+:mod:`eggroll_rl.mujoco_walkers` and :mod:`eggroll_rl.mujoco_arms`; here is what all tasks share.
 
 Shapes: N sub-envs.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import gymnasium as gym
+import mujoco
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import load_env_creator
+from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from mujoco.batch import Batch
+
+Infos = dict[str, np.ndarray]
+Outcome = tuple[np.ndarray, np.ndarray, Infos]
+
+# MuJoCo puts a simulation back to its initial state when one of these is raised, and goes on.
+_DIVERGED = [
+    int(warning)
+    for warning in (
+        mujoco.mjtWarning.mjWARN_BADQPOS,
+        mujoco.mjtWarning.mjWARN_BADQVEL,
+        mujoco.mjtWarning.mjWARN_BADQACC,
+        mujoco.mjtWarning.mjWARN_BADCTRL,
+    )
+]
+_NO_STAGE = mujoco.mjtStage.mjSTAGE_NONE.value
+
+
+@contextmanager
+def mujoco_warnings_silenced() -> Iterator[None]:
+    """Keep MuJoCo from printing warnings and writing MUJOCO_LOG.TXT into the working directory.
+
+    A handler that somebody has set stays in place.
+    """
+    if mujoco.get_mju_user_warning() is not None:
+        yield
+        return
+    mujoco.set_mju_user_warning(_no_warning)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(None)
+
+
+def _no_warning(message: str) -> None:
+    pass
+
+
+def uniform(generator: np.random.Generator, scale: float, size: int) -> np.ndarray:
+    """Draw from [-scale, scale)."""
+    return generator.uniform(low=-scale, high=scale, size=size)
+
+
+def flat(values: np.ndarray) -> np.ndarray:
+    """Flatten (N, ...) to (N, anything)."""
+    return values.reshape(len(values), -1)
+
+
+def sum_of_squares(values: np.ndarray) -> np.ndarray:
+    """Sum the squares of (N, ...) to (N,), in the order of ``np.sum`` on one row."""
+    return np.add.reduce(np.square(flat(values)), axis=1)
+
+
+def norm(vectors: np.ndarray) -> np.ndarray:
+    """Return the lengths (N,) of vectors (N, 3)."""
+    # np.linalg.norm of one vector is BLAS's dot product, that of rows is not.
+    return np.sqrt(np.vecdot(vectors, vectors))
 
 
 class MujocoVectorEnv(VectorEnv):
-    """N simulations of a Gymnasium MuJoCo task on one thread, in ``AutoresetMode.DISABLED``.
+    """N simulations of a Gymnasium MuJoCo task, on one thread.
 
-    As in :class:`eggroll_rl.serial_vector.SerialVectorEnv`, a finished sub-env is left untouched, at no cost,
-    until it is reset by mask. Infos are empty.
+    Everything is as in ``SyncVectorEnv`` of the same envs: the three autoreset modes, seeds, masks, infos. Two
+    things are added. In ``AutoresetMode.DISABLED`` a finished sub-env may be stepped on: it is left untouched, at
+    no cost, with reward 0 and both flags False, until it is reset by mask. And ``infos["diverged"]`` marks the
+    sub-envs whose physics diverged in this step: MuJoCo resets such a simulation without a word, and Gymnasium
+    goes on with it.
 
-    :param env: one env of the task, which lends its model and settings
     :param num_envs: number of simulations
-    :param max_episode_steps: time limit
+    :param max_episode_steps: time limit, None for no limit
+    :param autoreset_mode: a mode or its name; as of ``SyncVectorEnv``
+    :param kwargs: for the constructor of Gymnasium's env
     """
 
-    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012 (Gymnasium's own form)
+    entry_point: ClassVar[str]
+    task: Any
 
-    def __init__(self, env: gym.Env, num_envs: int, max_episode_steps: int):
-        import mujoco
-        from mujoco.batch import Batch
-
+    def __init__(
+        self,
+        num_envs: int = 1,
+        max_episode_steps: int | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        **kwargs: Any,
+    ):
+        # One env of the task lends its model, its settings and its renderer.
+        with mujoco_warnings_silenced():
+            self.task = load_env_creator(self.entry_point)(**kwargs)
+        task = self.task
         self.num_envs = num_envs
-        self.spec = env.spec
-        self.single_observation_space = env.observation_space
-        self.single_action_space = env.action_space
-        self.observation_space = batch_space(env.observation_space, num_envs)
-        self.action_space = batch_space(env.action_space, num_envs)
-        task: Any = env.unwrapped
-        self.task = task
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**task.metadata, "autoreset_mode": self.autoreset_mode}
+        self.render_mode = task.render_mode
+        self.single_observation_space = task.observation_space
+        self.single_action_space = task.action_space
+        self.observation_space = batch_space(task.observation_space, num_envs)
+        self.action_space = batch_space(task.action_space, num_envs)
         self.dt = task.dt
         self.max_episode_steps = max_episode_steps
-        self.batch = Batch(task.model, num_envs, nthread=1)
+        self.batch: Any = _ContactBatch(task, num_envs) if self.needs_contact_forces else Batch(task.model, num_envs, 1)
         self.qpos, self.qvel, self.ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
-        self._no_stage = mujoco.mjtStage.mjSTAGE_NONE.value
+        self.bind_outputs()
         self._generators: list[np.random.Generator | None] = [None] * num_envs
         self._elapsed = np.zeros(num_envs, dtype=np.int64)
-        self._active = np.zeros(num_envs, dtype=bool)
+        self._fresh = np.zeros(num_envs, dtype=bool)  # False until the first reset
+        self._done = np.zeros(num_envs, dtype=bool)
+        self._all = np.ones(num_envs, dtype=bool)
 
     # What a task is -------------------------------------------------------------------------------------
 
-    def initial_state(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draw qpos and qvel of one new episode, in Gymnasium's order of draws."""
-        raise NotImplementedError
+    @property
+    def needs_contact_forces(self) -> bool:
+        """Whether the task looks at ``cfrc_ext``."""
+        return False
 
-    def observations(self) -> np.ndarray:
+    def bind_outputs(self) -> None:
+        """Keep the live arrays that the task looks at, beside qpos, qvel and ctrl."""
+
+    def initial_state(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draw qpos and qvel of one new episode, in Gymnasium's order of draws: by default uniform noise on both."""
+        task, scale = self.task, self.task._reset_noise_scale
+        qpos = task.init_qpos + uniform(generator, scale, task.model.nq)
+        return qpos, task.init_qvel + uniform(generator, scale, task.model.nv)
+
+    def observe(self) -> np.ndarray:
         """Return a new array (N, ...) of observations."""
         raise NotImplementedError
 
-    def outcome(self, qpos_before: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return rewards (N,) and terminations (N,) of the step just made."""
+    def place(self) -> np.ndarray | None:
+        """Return a copy of the position that velocities are measured on, if the task has one."""
+        return None
+
+    def outcome(self, before: Any, actions: np.ndarray) -> Outcome:
+        """Return rewards (N,), terminations (N,) and infos (N, ...) of the step just made.
+
+        :param before: what :meth:`place` was before the step
+        """
         raise NotImplementedError
 
+    def reset_infos(self) -> Infos:
+        """Return the infos (N, ...) of a reset."""
+        return {}
+
     # What all tasks share -------------------------------------------------------------------------------
+
+    def nobody(self) -> np.ndarray:
+        """Return False for all (N,)."""
+        return np.zeros(self.num_envs, dtype=bool)
+
+    def body_xpos(self, name: str | int) -> np.ndarray:
+        """Return the live positions (N, 3) of a body."""
+        return self.batch.bind("xpos")[:, self.task.model.body(name).id]
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -74,72 +178,206 @@ class MujocoVectorEnv(VectorEnv):
         """Reset the sub-envs of ``options["reset_mask"]`` (all by default).
 
         :param seed: one seed per sub-env; or one number s, for s, s + 1, ...; None goes on with a sub-env's generator
+        :raises ValueError: seeds or mask have another length than there are sub-envs
+        :raises TypeError: the mask is not a boolean array
         """
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
-        self.batch.reset(mask, stage=self._no_stage)
+        mask = (options or {}).get("reset_mask", self._all)
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+            raise TypeError(f"options['reset_mask'] must be an array of bool, got {mask!r}")
+        if mask.shape != (self.num_envs,) or not mask.any():
+            raise ValueError(f"options['reset_mask'] must have shape ({self.num_envs},) and a True value, got {mask}")
+        if seed is None:
+            seeds: Sequence[int | None] = [None] * self.num_envs
+        elif isinstance(seed, int | np.integer):
+            seeds = [int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = seed
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seed must be one number or {self.num_envs} of them, got {len(seeds)}")
+        self._reset(mask, seeds)
+        infos: dict[str, Any] = {}
+        _add_infos(infos, self.reset_infos(), mask)
+        return self.observe(), infos
+
+    def _reset(self, mask: np.ndarray, seeds: Sequence[int | None] | None = None) -> None:
+        self.batch.reset(mask, stage=_NO_STAGE)
         for i in np.flatnonzero(mask).tolist():
-            generator = self._generators[i]
-            if generator is None or seeds[i] is not None:
-                generator = self._generators[i] = seeding.np_random(seeds[i])[0]
+            generator, seed = self._generators[i], seeds[i] if seeds else None
+            if generator is None or seed is not None:
+                generator = self._generators[i] = seeding.np_random(seed)[0]
             self.qpos[i], self.qvel[i] = self.initial_state(generator)
         self.batch.forward(mask)
         self._elapsed[mask] = 0
-        self._active[mask] = True
-        return self.observations(), {}
+        self._fresh |= mask
+        self._done &= ~mask
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step the sub-envs whose episode is still running; the others keep their observation and get 0 and False."""
-        active = self._active
-        qpos_before = self.qpos.copy()
+        """Step all sub-envs whose episode is running; what happens to the others, ``autoreset_mode`` says.
+
+        :param actions: (N, ...), not clipped, as in Gymnasium
+        :return: observations, rewards, terminations, truncations, all (N, ...), and infos
+        :raises ResetNeeded: before the first reset
+        :raises ValueError: actions have another shape
+        """
+        if actions.shape != self.action_space.shape:
+            raise ValueError(f"actions must have shape {self.action_space.shape}, got {actions.shape}")
+        if not self._fresh.all() and (self.autoreset_mode is not AutoresetMode.DISABLED or not self._fresh.any()):
+            raise ResetNeeded("call reset() before step()")
+        if self._done.any() or not self._fresh.all():
+            active = self._fresh & ~self._done
+            return self._step_some(active, actions)
+        before = self.place()
         self.ctrl[:] = actions
-        self.batch.step(active, nstep=self.task.frame_skip)
-        rewards, terminations = self.outcome(qpos_before, actions)
+        with mujoco_warnings_silenced():
+            self.batch.step(None, self.task.frame_skip)
+        rewards, terminations, terms = self.outcome(before, actions)
+        self._elapsed += 1
+        return self._finish(rewards, terminations, terms, self._all)
+
+    def _step_some(self, active: np.ndarray, actions: np.ndarray) -> Any:
+        """Step the active sub-envs; reset the others if that is due."""
+        before = self.place()
+        if active.any():
+            self.ctrl[active] = actions[active]
+            with mujoco_warnings_silenced():
+                self.batch.step(active, self.task.frame_skip)
+        rewards, terminations, terms = self.outcome(before, actions)
         self._elapsed += active
-        truncations = self._elapsed >= self.max_episode_steps
-        if not active.all():
-            rewards, terminations, truncations = rewards * active, terminations & active, truncations & active
-        self._active = active & ~(terminations | truncations)
-        return self.observations(), rewards, terminations, truncations, {}
+        return self._finish(np.where(active, rewards, 0), terminations & active, terms, active)
+
+    def _finish(self, rewards: np.ndarray, terminations: np.ndarray, terms: Infos, active: np.ndarray) -> Any:
+        limit = self.max_episode_steps
+        truncations = active & (self._elapsed >= limit) if limit is not None else self.nobody()
+        infos: dict[str, Any] = {}
+        diverged = self.batch.warning[:, _DIVERGED, 1].any(axis=1) & active
+        if diverged.any():
+            self.batch.warning[:] = 0
+            terms["diverged"] = diverged
+        ended = terminations | truncations
+        stepped, observations = active, None
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            if self._done.any():
+                due = self._done.copy()
+                self._reset(due)
+                _add_infos(infos, self.reset_infos(), due)
+        elif self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
+            observations = self.observe()
+            final_obs = np.full(self.num_envs, None, dtype=object)
+            for i in np.flatnonzero(ended).tolist():
+                final_obs[i] = observations[i]
+            final_info: dict[str, Any] = {}
+            _add_infos(final_info, terms, ended)
+            infos = {"final_obs": final_obs, "_final_obs": ended, "final_info": final_info, "_final_info": ended}
+            stepped = active & ~ended
+            self._reset(ended)
+            _add_infos(infos, self.reset_infos(), ended)
+        _add_infos(infos, terms, stepped)
+        if self.autoreset_mode is not AutoresetMode.SAME_STEP:
+            self._done |= ended
+        return self.observe(), rewards.astype(np.float64, copy=False), terminations, truncations, infos
+
+    def render(self) -> tuple[Any, ...] | None:
+        """Return one picture per sub-env, of its state now (Gymnasium's are a physics substep behind)."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs a render_mode, which is given when the env is made")
+            return None
+        pictures = []
+        for i in range(self.num_envs):
+            self.task.data.qpos[:], self.task.data.qvel[:] = self.qpos[i], self.qvel[i]
+            mujoco.mj_forward(self.task.model, self.task.data)
+            pictures.append(self.task.render())
+        return tuple(pictures)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the env that lent its model."""
         self.task.close()
 
 
-class HalfCheetah(MujocoVectorEnv):
-    """HalfCheetah-v5: run to the right; no termination."""
-
-    def initial_state(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Uniform noise on positions, normal noise on velocities."""
-        task, scale = self.task, self.task._reset_noise_scale
-        qpos = task.init_qpos + generator.uniform(low=-scale, high=scale, size=task.model.nq)
-        qvel = task.init_qvel + scale * generator.standard_normal(task.model.nv)
-        return qpos, qvel
-
-    def observations(self) -> np.ndarray:
-        """Positions, by default without the x coordinate of the root, then velocities."""
-        skip = int(self.task._exclude_current_positions_from_observation)
-        return np.concatenate([self.qpos[:, skip:], self.qvel], axis=1)
-
-    def outcome(self, qpos_before: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Forward velocity minus the cost of control."""
-        task = self.task
-        x_velocity = (self.qpos[:, 0] - qpos_before[:, 0]) / self.dt
-        cost = task._ctrl_cost_weight * np.add.reduce(np.square(actions), axis=1)
-        return task._forward_reward_weight * x_velocity - cost, np.zeros(self.num_envs, dtype=bool)
+def _add_infos(infos: dict[str, Any], terms: Infos, mask: np.ndarray) -> None:
+    """Add the masked rows of some terms to Gymnasium's form of vector infos: ``key`` and its mask ``_key``."""
+    if not mask.any():
+        return
+    whole = mask.all()
+    for name, values in terms.items():
+        if name in infos:
+            infos[name][mask] = values[mask]
+            infos["_" + name] = infos["_" + name] | mask
+        else:
+            if not whole:
+                kept = np.zeros_like(values)
+                kept[mask] = values[mask]
+                values = kept
+            infos[name], infos["_" + name] = values, mask.copy()
 
 
-_TASKS: dict[str, type[MujocoVectorEnv]] = {
-    "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv": HalfCheetah,
-}
+class _ContactBatch:
+    """As ``mujoco.batch.Batch``, with ``mj_rnePostConstraint`` after each step, as Gymnasium calls it.
+
+    ``Batch`` has no place for that call, ``cfrc_ext`` cannot be had without it, and a sensor that would make the
+    engine call it sees only the first of RK4's four stages. So one MjData takes the simulations in turn, which
+    is what a thread of ``Batch`` does.
+    """
+
+    _SPEC = (
+        mujoco.mjtState.mjSTATE_FULLPHYSICS.value
+        | mujoco.mjtState.mjSTATE_WARMSTART.value
+        | mujoco.mjtState.mjSTATE_CTRL.value
+    )
+
+    def __init__(self, task: Any, num_envs: int):
+        self.model, self.data = task.model, mujoco.MjData(task.model)
+        self.state = np.zeros((num_envs, mujoco.mj_stateSize(self.model, self._SPEC)))
+        self.warning = np.zeros((num_envs, mujoco.mjtWarning.mjNWARNING.value, 2), dtype=np.int32)
+        self._rows = list(self.state)
+        self._outputs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def bind(self, name: str) -> np.ndarray:
+        states = {
+            "qpos": mujoco.mjtState.mjSTATE_QPOS,
+            "qvel": mujoco.mjtState.mjSTATE_QVEL,
+            "ctrl": mujoco.mjtState.mjSTATE_CTRL,
+        }
+        if name in states:
+            part = states[name].value
+            before = mujoco.mj_stateSize(self.model, self._SPEC & (part - 1))
+            return self.state[:, before : before + mujoco.mj_stateSize(self.model, part)]
+        source = getattr(self.data, name)
+        output = np.zeros((len(self.state), *source.shape))
+        self._outputs.append((output, source))
+        return output
+
+    def reset(self, mask: np.ndarray, stage: int) -> None:
+        mujoco.mj_resetData(self.model, self.data)
+        for i in np.flatnonzero(mask).tolist():
+            self._keep(i)
+
+    def forward(self, mask: np.ndarray) -> None:
+        for i in np.flatnonzero(mask).tolist():
+            mujoco.mj_resetData(self.model, self.data)
+            mujoco.mj_setState(self.model, self.data, self._rows[i], self._SPEC)
+            mujoco.mj_forward(self.model, self.data)
+            self._keep(i)
+
+    def step(self, mask: np.ndarray | None, nstep: int) -> None:
+        model, data, spec = self.model, self.data, self._SPEC
+        warnings = data.warning.number
+        for i in range(len(self._rows)) if mask is None else np.flatnonzero(mask).tolist():
+            mujoco.mj_setState(model, data, self._rows[i], spec)
+            mujoco.mj_step(model, data, nstep=nstep)
+            mujoco.mj_rnePostConstraint(model, data)
+            self._keep(i)
+            if warnings.any():
+                self.warning[i, :, 1] = warnings
+                warnings[:] = 0
+
+    def _keep(self, i: int) -> None:
+        mujoco.mj_getState(self.model, self.data, self._rows[i], self._SPEC)
+        for output, source in self._outputs:
+            output[i] = source
 
 
-def vector_task(spec: EnvSpec) -> type[MujocoVectorEnv] | None:
-    """Return the class for a registered env, or None if it has to be stepped by Gymnasium."""
-    try:
-        import mujoco.batch  # noqa: F401
-    except ImportError:
-        return None
-    plain = not spec.additional_wrappers and isinstance(spec.entry_point, str)
-    return _TASKS.get(spec.entry_point) if plain else None  # type: ignore[arg-type]
+def normal_velocities(self: MujocoVectorEnv, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw uniform noise on positions and normal noise on velocities."""
+    task, scale = self.task, self.task._reset_noise_scale
+    qpos = task.init_qpos + uniform(generator, scale, task.model.nq)
+    return qpos, task.init_qvel + scale * generator.standard_normal(task.model.nv)

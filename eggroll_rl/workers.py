@@ -21,10 +21,11 @@ import cloudpickle
 import torch
 from gymnasium.envs.registration import registry
 
-from eggroll_rl.envs import EnvFactory, mujoco_warnings_silenced
+from eggroll_rl.envs import EnvFactory
 from eggroll_rl.errors import ConfigError, EggrollError, EpisodeError, WorkerDiedError
 from eggroll_rl.es import one_thread
 from eggroll_rl.lowrank import slices
+from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Generation, RolloutResult, load_generation, rollout
 

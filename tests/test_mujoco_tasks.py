@@ -1,0 +1,138 @@
+"""The eleven MuJoCo tasks against Gymnasium's ``SyncVectorEnv`` of the same envs: equal to the last bit."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from eggroll_rl.mujoco_tasks import TASKS
+
+N = 4
+# One value beside the default for every documented argument; frame_skip and xml_file are the model's.
+COMMON = {"reset_noise_scale": 0.03, "frame_skip": 3}
+POSITIONS = {"exclude_current_positions_from_observation": False}
+RUNNER = {**COMMON, **POSITIONS, "forward_reward_weight": 1.7, "ctrl_cost_weight": 0.3}
+UPRIGHT = {
+    **RUNNER,
+    "healthy_reward": 2.5,
+    "terminate_when_unhealthy": False,
+    "healthy_z_range": (1.0, 1.3),
+    "healthy_angle_range": (-0.05, 0.05),
+}
+PARTS = {f"include_{part}_in_observation": False for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")}
+ARGUMENTS = {
+    "HalfCheetah-v5": RUNNER,
+    "Swimmer-v5": RUNNER,
+    "Hopper-v5": {**UPRIGHT, "healthy_state_range": (-0.8, 0.8)},
+    "Walker2d-v5": UPRIGHT,
+    "Ant-v5": {
+        **RUNNER,
+        "contact_cost_weight": 0.02,
+        "healthy_reward": 0.4,
+        "main_body": 3,
+        "terminate_when_unhealthy": False,
+        "healthy_z_range": (0.4, 0.8),
+        "contact_force_range": (-0.3, 5.0),
+        "include_cfrc_ext_in_observation": False,
+    },
+    "Humanoid-v5": {
+        **RUNNER,
+        **PARTS,
+        "contact_cost_weight": 1e-3,
+        "contact_cost_range": (0.5, 2.0),
+        "healthy_reward": 1.0,
+        "terminate_when_unhealthy": False,
+        "healthy_z_range": (1.3, 1.5),
+    },
+    "HumanoidStandup-v5": {
+        **COMMON,
+        **POSITIONS,
+        **PARTS,
+        "uph_cost_weight": 2.0,
+        "ctrl_cost_weight": 0.3,
+        "impact_cost_weight": 1e-3,
+        "impact_cost_range": (0.5, 2.0),
+    },
+    "InvertedPendulum-v5": COMMON,
+    "InvertedDoublePendulum-v5": {**COMMON, "healthy_reward": 3.0},
+    "Reacher-v5": {"frame_skip": 3, "reward_dist_weight": 2.0, "reward_control_weight": 0.3},
+    "Pusher-v5": {"frame_skip": 3, "reward_near_weight": 2.0, "reward_dist_weight": 0.3, "reward_control_weight": 0.7},
+}
+
+
+def assert_same(ours, theirs, where):
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in theirs:
+            assert_same(ours[key], theirs[key], f"{where} {key}")
+    elif isinstance(theirs, np.ndarray) and theirs.dtype == object:
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None and b is None) or np.array_equal(a, b), where
+    else:
+        assert np.array_equal(ours, theirs), f"{where}: {ours} is not {theirs}"
+        assert np.asarray(ours).dtype == np.asarray(theirs).dtype, where
+
+
+def compare(env_id, kwargs, mode, steps, seed, limit=None, n=N, feedback=False):
+    """Step both with the same actions and return how many episodes ended."""
+    limit = limit or gym.spec(env_id).max_episode_steps
+    ours = TASKS[env_id](n, max_episode_steps=limit, autoreset_mode=mode, **kwargs)
+    make = lambda: gym.make(env_id, max_episode_steps=limit, **kwargs)  # noqa: E731
+    theirs = SyncVectorEnv([make] * n, autoreset_mode=mode)
+    assert ours.observation_space == theirs.observation_space and ours.action_space == theirs.action_space
+    rng = np.random.default_rng(seed)
+    low, high = ours.single_action_space.low, ours.single_action_space.high
+    weights = rng.standard_normal((ours.single_observation_space.shape[0], len(low)))
+    seeds = [int(s) for s in rng.integers(0, 2**31, n)]
+    obs, infos = ours.reset(seed=seeds)
+    assert_same((obs), theirs.reset(seed=seeds)[0], "reset")
+    ended = 0
+    for step in range(steps):
+        # Beyond the bounds too: nothing clips.
+        actions = np.tanh(obs @ weights) * high if feedback else rng.uniform(1.2 * low, 1.2 * high, (n, len(low)))
+        actions = actions.astype(np.float32)
+        result, expected = ours.step(actions), theirs.step(actions)
+        names = ("observations", "rewards", "terminations", "truncations", "infos")
+        for name, a, b in zip(names, result, expected, strict=True):
+            assert_same(a, b, f"{env_id} {kwargs} step {step} {name}")
+        obs = result[0]
+        done = result[2] | result[3]
+        ended += int(done.sum())
+        if mode is AutoresetMode.DISABLED and done.any():
+            obs, infos = ours.reset(options={"reset_mask": done})
+            other, other_infos = theirs.reset(options={"reset_mask": done})
+            assert_same(obs, other, "reset by mask")
+            assert_same(infos, other_infos, "infos of a reset by mask")
+    ours.close()
+    theirs.close()
+    return ended
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_each_task_is_gymnasiums_to_the_bit(env_id, mode):
+    assert compare(env_id, {}, mode, steps=45, seed=1, limit=12) >= 3 * N
+    compare(env_id, {}, mode, steps=20, seed=2, limit=15, feedback=True)
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_each_argument_is_gymnasiums(env_id):
+    for i, (name, value) in enumerate(ARGUMENTS[env_id].items()):
+        compare(env_id, {name: value}, AutoresetMode.SAME_STEP, steps=8, seed=i, limit=6, n=2)
+    compare(env_id, ARGUMENTS[env_id], AutoresetMode.NEXT_STEP, steps=8, seed=9, limit=6, n=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_episodes_with_drawn_arguments_are_gymnasiums(env_id, seed):
+    rng = np.random.default_rng(seed)
+    for feedback in (False, True):
+        steps, ended = 0, 0
+        while ended < 20:
+            drawn = {k: v for k, v in ARGUMENTS[env_id].items() if rng.random() < 0.3 * bool(steps)}
+            chunk = min(gym.spec(env_id).max_episode_steps, 300)
+            ended += compare(
+                env_id, drawn, AutoresetMode.SAME_STEP, chunk, steps + seed, limit=chunk, feedback=feedback
+            )
+            steps += chunk
