@@ -1,69 +1,205 @@
-"""Throughput: what training reaches of the speed of the physics itself, both measured in one run."""
+"""Throughput: what training reaches of the speed of the physics itself, everything measured in one run.
 
+A figure is env steps per second, frame skip included once. Who is measured takes turns, so that a machine that slows
+down slows all of them.
+"""
+
+import copy
 import statistics
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import Any
 
+import mujoco
 import numpy as np
 from gymnasium.vector import VectorEnv
+from mujoco.rollout import rollout as mujoco_rollout
 from stable_baselines3.common.logger import configure
 
+from eggroll_rl.bench_peers import PEERS, Skipped
 from eggroll_rl.eggroll import EGGROLL
-from eggroll_rl.envs import EnvFactory, env_factory, load_preset
+from eggroll_rl.envs import EnvFactory, env_factory, time_limit
 from eggroll_rl.errors import ConfigError
+from eggroll_rl.mujoco_vector import MujocoVectorEnv
 from eggroll_rl.rollout import episode_seeds, load_generation, rollout
 from eggroll_rl.workers import available_cores, count_workers, make_evaluator
 
+POPULATION_SIZE, SLICE_SIZE, NET_ARCH = 128, 64, [64, 64]
+_WARM_UP_GENERATIONS = 300
 
-def throughput(env_id: str, n_workers: int | None = None, repetitions: int = 5) -> dict[str, Any]:
-    """Compare whole training generations with ``mujoco.rollout``, interleaved.
 
-    A generation is everything from ask to tell with the env's preset: noise, parameters to the workers,
-    episodes, results back, update, normalizer. The C limit steps the same model from the same reset states with
-    the controls that the first generation applied, with one thread per worker and no Python in between.
+@dataclass
+class Workload:
+    """One generation to be measured: a 64-64 policy at rank 1 and 64 pairs in two slices.
 
-    :return: env steps per second of both, per repetition, and the median of their ratios
-    :raises ConfigError: the env is not one of Gymnasium's MuJoCo tasks
+    :param model: the algorithm, in the generation that is measured
+    :param factory: builds the env, with the cap on episodes
+    :param controls: (N, steps, actions) what the members did
+    :param states: (N, state) the simulations' states after their resets
+    :param lengths: (N,) steps of their episodes
     """
-    import mujoco
-    from mujoco import rollout as mujoco_rollout
 
-    factory = env_factory(env_id)
-    task: Any = factory().unwrapped
+    model: EGGROLL
+    factory: EnvFactory
+    n_workers: int
+    controls: np.ndarray
+    states: np.ndarray
+    lengths: np.ndarray
+
+
+def throughput(
+    env_id: str,
+    n_workers: int | None = None,
+    repetitions: int = 5,
+    episode_steps: int = 200,
+    real_ends: bool = False,
+    peers: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Compare whole training generations with the raw C limit and with peers, interleaved.
+
+    A generation is everything from ask to tell: noise, parameters to the workers, episodes, results back, update,
+    normalizer. The C limit steps the same model from the same reset states with the controls that these episodes
+    applied, one thread per worker and no Python in between.
+
+    :param n_workers: worker processes, and threads of the C limit; None takes all cores
+    :param repetitions: rounds, after one to warm up
+    :param episode_steps: cap on the episodes
+    :param real_ends: let episodes end where the task ends them. Otherwise termination is switched off, or, for the
+        two pendulums, where it cannot be, the policy is trained first until no member falls
+    :param peers: names in :data:`eggroll_rl.bench_peers.PEERS`
+    :return: env steps per second of each, per round (a string where a peer could not run), and the medians of the
+        rounds' ratios to the C limit
+    :raises ConfigError: the env is not a MuJoCo task, or a peer is not known
+    """
+    unknown = [name for name in peers if name not in PEERS]
+    if unknown:
+        raise ConfigError(f"unknown peer {unknown[0]!r}; known are {', '.join(PEERS)}")
+    work = prepare(env_id, n_workers or available_cores(), episode_steps, real_ends)
+    rates: dict[str, Any] = {}
+    with ExitStack() as stack:
+        runs: dict[str, Iterator[float]] = {"c_limit": _c_limit(work), "training": _training(work)}
+        runs |= {name: PEERS[name](work.model, work.factory, work.n_workers) for name in peers}
+        for run in runs.values():
+            stack.enter_context(closing(run))  # type: ignore[type-var]
+        for _ in range(repetitions + 1):  # the first one warms up
+            for name, run in runs.items():
+                if isinstance(rates.get(name), str):
+                    continue
+                try:
+                    rates.setdefault(name, []).append(next(run))
+                except Skipped as reason:
+                    rates[name] = str(reason)
+    rates = {name: values if isinstance(values, str) else values[1:] for name, values in rates.items()}
+    ratios = {
+        name: float(statistics.median(a / b for a, b in zip(values, rates["c_limit"], strict=True)))
+        for name, values in rates.items()
+        if not isinstance(values, str)
+    }
+    return {
+        "env_id": env_id,
+        "n_workers": work.n_workers,
+        "vector_env": work.factory.describe_vector(),
+        "mean_episode_steps": float(work.lengths.mean()),
+        "real_ends": real_ends,
+        "steps_per_second": rates,
+        "median_ratio": ratios,
+    }
+
+
+def throughput_table(result: dict[str, Any]) -> str:
+    """Write a result as lines of text, saying what each figure is."""
+    ends = "real ends" if result["real_ends"] else "all members running"
+    cores = result["n_workers"]
+    lines = [
+        f"{result['env_id']}, env steps per second, {ends}, {result['mean_episode_steps']:.0f} steps an episode",
+        "     median       range           of C limit",
+    ]
+    for name, rates in result["steps_per_second"].items():
+        what = {"c_limit": f"raw MuJoCo in C, {cores} threads", "training": f"ours, whole training, {cores} processes"}
+        about = what.get(name) or (PEERS[name].__doc__ or "").splitlines()[0]
+        if isinstance(rates, str):
+            lines.append(f"  {'-':>9}  {rates}: {name}")
+            continue
+        span = f"{min(rates):,.0f} to {max(rates):,.0f}"
+        ratio = result["median_ratio"][name]
+        lines.append(f"  {statistics.median(rates):9,.0f}  {span:>17}  {ratio:6.3f}  {about}")
+    return "\n".join(lines)
+
+
+def prepare(env_id: str, n_workers: int, episode_steps: int, real_ends: bool) -> Workload:
+    """Make the workload: the first generation, or for tasks that end anyway the first in which no episode does."""
+    kwargs: dict[str, Any] = {}
+    env = env_factory(env_id)()
+    task: Any = env.unwrapped
     if not isinstance(getattr(task, "model", None), mujoco.MjModel):
         raise ConfigError(f"{env_id} is not a MuJoCo task: there is no C limit to compare with")
-    settings = dict(load_preset(env_id).get("eggroll", {}))
-    model = EGGROLL(settings.pop("policy", "MlpPolicy"), factory, seed=0, **settings)
+    if not real_ends and hasattr(task, "_terminate_when_unhealthy"):
+        kwargs["terminate_when_unhealthy"] = False
+    factory = env_factory(env_id, kwargs)
+    model = EGGROLL(
+        "MlpPolicy",
+        factory,
+        population_size=POPULATION_SIZE,
+        slice_size=SLICE_SIZE,
+        policy_kwargs={"net_arch": NET_ARCH},
+        max_episode_steps=episode_steps,
+        seed=0,
+    )
     model.set_logger(configure(None, []))
-    capped = factory.with_cap(model.max_episode_steps)
-    n_workers = count_workers(n_workers or available_cores(), model.population_size, model.slice_size)
+    capped = factory.with_cap(episode_steps)
+    n_workers = count_workers(n_workers, POPULATION_SIZE, SLICE_SIZE)
+    limit = min(episode_steps, time_limit(env) or episode_steps)
+    with closing(capped.vector(SLICE_SIZE)) as envs:
+        for _ in range(_WARM_UP_GENERATIONS):
+            controls, results = _generation(model, envs)
+            lengths = np.concatenate([result.lengths for result in results])[:, 0]
+            if real_ends or lengths.min() == limit:
+                break
+            model.update(results)
+    return Workload(model, capped, n_workers, controls, _reset_states(model, capped), lengths)
 
-    controls, states = _first_generation(model, capped)
-    controls = controls.repeat(task.frame_skip, axis=1)
-    models, data = [task.model] * len(states), [mujoco.MjData(task.model) for _ in range(n_workers)]
-    training, limit = [], []
-    evaluator = make_evaluator(n_workers, model.policy, capped, model.slice_size)
-    with evaluator, mujoco_rollout.Rollout(nthread=n_workers) as pool:
-        for repetition in range(repetitions + 1):
+
+def _c_limit(work: Workload) -> Iterator[float]:
+    """Step all episodes with ``mujoco.rollout``, which holds no lock, on as many threads as training has workers."""
+    task: Any = work.factory().unwrapped
+    controls = work.controls.repeat(task.frame_skip, axis=1)
+    episodes = list(enumerate((work.lengths * task.frame_skip).tolist()))
+    n_states = mujoco.mj_stateSize(task.model, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+
+    def simulate(thread: int) -> None:
+        data = mujoco.MjData(task.model)
+        for i, steps in episodes[thread :: work.n_workers]:
+            # Its results land in the same memory each time: fresh pages would cost it time.
+            mujoco_rollout(
+                task.model, data, work.states[i : i + 1], controls[i : i + 1, :steps], state=memory[thread][:, :steps]
+            )
+
+    memory = [np.empty((1, max(steps for _, steps in episodes), n_states)) for _ in range(work.n_workers)]
+    with ThreadPoolExecutor(work.n_workers) as pool:
+        while True:
+            started = time.perf_counter()
+            list(pool.map(simulate, range(work.n_workers)))
+            yield float(work.lengths.sum()) / (time.perf_counter() - started)
+
+
+def _training(work: Workload) -> Iterator[float]:
+    """Train for the same generation again and again: whole, with its update, which is then taken back."""
+    model = work.model
+    core = model.evolution_strategy
+    before = copy.deepcopy((model.policy.state_dict(), core.state_dict()))
+    with make_evaluator(work.n_workers, model.policy, work.factory, SLICE_SIZE) as evaluator:
+        while True:
             started = time.perf_counter()
             results = evaluator.evaluate(model.next_generation())
             model.update(results)
-            steps = sum(int(result.lengths.sum()) for result in results)
-            ours = steps / (time.perf_counter() - started)
-            started = time.perf_counter()
-            pool.rollout(models, data, states, controls)
-            theirs = controls.shape[0] * controls.shape[1] / task.frame_skip / (time.perf_counter() - started)
-            if repetition:  # the first one warms up
-                training.append(ours)
-                limit.append(theirs)
-    return {
-        "env_id": env_id,
-        "n_workers": n_workers,
-        "vector_env": capped.describe_vector(),
-        "training": training,
-        "c_limit": limit,
-        "median_ratio": statistics.median(a / b for a, b in zip(training, limit, strict=True)),
-    }
+            seconds = time.perf_counter() - started
+            state, core_state = copy.deepcopy(before)
+            model.policy.load_state_dict(state)
+            core.load_state_dict(core_state)
+            yield sum(int(result.lengths.sum()) for result in results) / seconds
 
 
 class _Recorder:
@@ -79,27 +215,29 @@ class _Recorder:
         return self._step(actions)
 
 
-def _first_generation(model: EGGROLL, factory: EnvFactory) -> tuple[np.ndarray, np.ndarray]:
-    """Return the controls (N, steps, actions) and reset states (N, ...) of a generation of one episode each."""
-    import mujoco
+def _generation(model: EGGROLL, envs: VectorEnv | MujocoVectorEnv) -> tuple[np.ndarray, list[Any]]:
+    """Return the controls (N, steps, actions) and the results of the current generation."""
+    generation, policy = model.next_generation(), model.policy.replica()
+    load_generation(policy, generation)
+    controls: list[np.ndarray] = []
+    results = []
+    for first in range(0, POPULATION_SIZE, SLICE_SIZE):
+        recorder = _Recorder(envs)
+        results.append(rollout(policy, generation, first, recorder))  # type: ignore[arg-type]
+        controls += list(np.stack(recorder.actions, axis=1))
+    padded = np.zeros((POPULATION_SIZE, max(len(c) for c in controls), controls[0].shape[1]))
+    for row, c in zip(padded, controls, strict=True):
+        row[: len(c)] = c
+    return padded, results
 
+
+def _reset_states(model: EGGROLL, factory: EnvFactory) -> np.ndarray:
     env = factory()
     task: Any = env.unwrapped
     spec = mujoco.mjtState.mjSTATE_FULLPHYSICS
-    generation = model.next_generation()
-    noise, policy, envs = generation.noise, model.policy.replica(), factory.vector(model.slice_size)
-    load_generation(policy, generation)
-    controls: list[np.ndarray] = []
-    for first in range(0, noise.population_size, noise.slice_size):
-        recorder = _Recorder(envs)
-        rollout(policy, generation, first, recorder)  # type: ignore[arg-type]
-        controls += list(np.stack(recorder.actions, axis=1))
-    states = np.empty((noise.population_size, mujoco.mj_stateSize(task.model, spec)))
-    for state, seed in zip(states, episode_seeds(noise, 1)[:, 0], strict=True):
+    states = np.empty((POPULATION_SIZE, mujoco.mj_stateSize(task.model, spec)))
+    seeds = episode_seeds(model.next_generation().noise, 1)[:, 0]
+    for state, seed in zip(states, seeds, strict=True):
         env.reset(seed=int(seed))
         mujoco.mj_getState(task.model, task.data, state, spec)
-    steps = max(len(c) for c in controls)
-    padded = np.zeros((noise.population_size, steps, task.model.nu))
-    for row, c in zip(padded, controls, strict=False):
-        row[: len(c)] = c
-    return padded, states
+    return states

@@ -14,7 +14,7 @@ from eggroll_rl.envs import EnvFactory, check_time_limit, env_factory, read_toml
 from eggroll_rl.errors import ConfigError, ConsentError, EpisodeError, RunFolderError
 from eggroll_rl.es import one_thread
 from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
-from eggroll_rl.serial_vector import SubEnvError
+from eggroll_rl.serial_vector import DIVERGED, SubEnvError
 
 Predict = Callable[[np.ndarray], np.ndarray]
 _BATCH = 32  # sub-envs at once
@@ -101,7 +101,7 @@ def _episodes(predict: Predict, envs: Any, seeds: list[int], returns: np.ndarray
     active = np.arange(envs.num_envs) < len(seeds)
     obs, _ = envs.reset(seed=seeds + [None] * idle, options={"reset_mask": active})
     while active.any():
-        obs, rewards, terminations, truncations, _ = envs.step(predict(obs))
+        obs, rewards, terminations, truncations, infos = envs.step(predict(obs))
         bad = active & ~(np.isfinite(rewards) & np.isfinite(obs.reshape(len(obs), -1)).all(axis=1))
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
@@ -109,6 +109,9 @@ def _episodes(predict: Predict, envs: Any, seeds: list[int], returns: np.ndarray
                 f"evaluation, seed {seeds[row]}, step {int(lengths[row]) + 1}: "
                 f"the env's reward or observation is not finite (reward {rewards[row]})"
             )
+        if "diverged" in infos:
+            row = int(np.flatnonzero(infos["diverged"])[0])
+            raise EpisodeError(f"evaluation, seed {seeds[row]}, step {int(lengths[row]) + 1}: {DIVERGED}")
         returns[: len(seeds)] += rewards[: len(seeds)]
         lengths[: len(seeds)] += active[: len(seeds)]
         active &= ~(terminations | truncations)

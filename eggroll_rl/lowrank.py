@@ -167,7 +167,7 @@ class PerturbedLinear(nn.Module):
                 if self._bias_NO is None
                 else torch.addmm(self._bias_NO, x, self._weight_IO)
             )
-            return y.addcmul_(self._a_NO, (x * self._b_NI).sum(1, keepdim=True))
+            return y.addcmul_(self._a_NO, torch.linalg.vecdot(x, self._b_NI).unsqueeze(1))
         x_NBI = x.reshape(n_members, -1, n_in)
         y_NBO = (x.reshape(-1, n_in) @ self._weight_IO).view(*x_NBI.shape[:2], -1)
         y_NBO = torch.baddbmm(y_NBO, torch.bmm(x_NBI, self._b_NIR), self._a_NRO)

@@ -3,15 +3,17 @@
 As :mod:`eggroll_rl.mujoco_walkers`: Gymnasium's terms in Gymnasium's order. Shapes: N sub-envs.
 """
 
+from itertools import repeat
+
 import numpy as np
 
 from eggroll_rl.mujoco_vector import MujocoVectorEnv, Outcome, norm, normal_velocities, sum_of_squares, uniform
 
 
 def squared(values: np.ndarray) -> np.ndarray:
-    """Square (N,) as ``np.float64 ** 2`` does."""
+    """Square each number as ``np.float64 ** 2`` does."""
     # That is the C library's pow, which differs from x * x in the last bit once in a thousand.
-    return np.array([value**2 for value in values.tolist()])
+    return np.array([*map(pow, values.ravel().tolist(), repeat(2.0))]).reshape(values.shape)
 
 
 class InvertedPendulum(MujocoVectorEnv):
@@ -49,8 +51,9 @@ class InvertedDoublePendulum(MujocoVectorEnv):
     def outcome(self, before: None, actions: np.ndarray) -> Outcome:
         x, y = self.tip[:, 0], self.tip[:, 2]
         terminations = y <= 1
-        distance_penalty = 0.01 * squared(x) + squared(y - 2)
-        velocity_penalty = 0.001 * squared(self.qvel[:, 1]) + 0.005 * squared(self.qvel[:, 2])
+        xx, yy, v1v1, v2v2 = squared(np.stack([x, y - 2, self.qvel[:, 1], self.qvel[:, 2]]))
+        distance_penalty = 0.01 * xx + yy
+        velocity_penalty = 0.001 * v1v1 + 0.005 * v2v2
         alive_bonus = self.task._healthy_reward * (~terminations).astype(np.int64)
         infos = {
             "reward_survive": alive_bonus,

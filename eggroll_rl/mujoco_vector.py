@@ -8,6 +8,7 @@ Gymnasium's to the last bit. What a task is (its observation, reward and termina
 Shapes: N sub-envs.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -25,16 +26,8 @@ from mujoco.batch import Batch
 Infos = dict[str, np.ndarray]
 Outcome = tuple[np.ndarray, np.ndarray, Infos]
 
-# MuJoCo puts a simulation back to its initial state when one of these is raised, and goes on.
-_DIVERGED = [
-    int(warning)
-    for warning in (
-        mujoco.mjtWarning.mjWARN_BADQPOS,
-        mujoco.mjtWarning.mjWARN_BADQVEL,
-        mujoco.mjtWarning.mjWARN_BADQACC,
-        mujoco.mjtWarning.mjWARN_BADCTRL,
-    )
-]
+# A bad position, velocity, acceleration or control: MuJoCo puts the simulation back to its start and goes on.
+DIVERGENCE_WARNINGS = slice(mujoco.mjtWarning.mjWARN_BADQPOS.value, mujoco.mjtWarning.mjWARN_BADCTRL.value + 1)
 _NO_STAGE = mujoco.mjtStage.mjSTAGE_NONE.value
 
 
@@ -123,9 +116,10 @@ class MujocoVectorEnv(VectorEnv):
         self.bind_outputs()
         self._generators: list[np.random.Generator | None] = [None] * num_envs
         self._elapsed = np.zeros(num_envs, dtype=np.int64)
+        self._limit = sys.maxsize if max_episode_steps is None else max_episode_steps
         self._fresh = np.zeros(num_envs, dtype=bool)  # False until the first reset
-        self._done = np.zeros(num_envs, dtype=bool)
-        self._all = np.ones(num_envs, dtype=bool)
+        self._running = np.zeros(num_envs, dtype=bool)  # an episode is running
+        self._all_run = False
 
     # What a task is -------------------------------------------------------------------------------------
 
@@ -181,7 +175,7 @@ class MujocoVectorEnv(VectorEnv):
         :raises ValueError: seeds or mask have another length than there are sub-envs
         :raises TypeError: the mask is not a boolean array
         """
-        mask = (options or {}).get("reset_mask", self._all)
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
         if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
             raise TypeError(f"options['reset_mask'] must be an array of bool, got {mask!r}")
         if mask.shape != (self.num_envs,) or not mask.any():
@@ -209,7 +203,8 @@ class MujocoVectorEnv(VectorEnv):
         self.batch.forward(mask)
         self._elapsed[mask] = 0
         self._fresh |= mask
-        self._done &= ~mask
+        self._running = self._running | mask
+        self._all_run = bool(self._running.all())
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all sub-envs whose episode is running; what happens to the others, ``autoreset_mode`` says.
@@ -221,60 +216,57 @@ class MujocoVectorEnv(VectorEnv):
         """
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions must have shape {self.action_space.shape}, got {actions.shape}")
-        if not self._fresh.all() and (self.autoreset_mode is not AutoresetMode.DISABLED or not self._fresh.any()):
-            raise ResetNeeded("call reset() before step()")
-        if self._done.any() or not self._fresh.all():
-            active = self._fresh & ~self._done
-            return self._step_some(active, actions)
-        before = self.place()
-        self.ctrl[:] = actions
-        with mujoco_warnings_silenced():
-            self.batch.step(None, self.task.frame_skip)
-        rewards, terminations, terms = self.outcome(before, actions)
-        self._elapsed += 1
-        return self._finish(rewards, terminations, terms, self._all)
-
-    def _step_some(self, active: np.ndarray, actions: np.ndarray) -> Any:
-        """Step the active sub-envs; reset the others if that is due."""
-        before = self.place()
-        if active.any():
-            self.ctrl[active] = actions[active]
+        running, before = self._running, self.place()
+        if self._all_run:
+            self.ctrl[:] = actions
             with mujoco_warnings_silenced():
-                self.batch.step(active, self.task.frame_skip)
+                self.batch.step(None, self.task.frame_skip)
+        else:
+            if not (self._fresh.any() if self.autoreset_mode is AutoresetMode.DISABLED else self._fresh.all()):
+                raise ResetNeeded("call reset() before step()")
+            self.ctrl[running] = actions[running]
+            if running.any():
+                with mujoco_warnings_silenced():
+                    self.batch.step(running, self.task.frame_skip)
         rewards, terminations, terms = self.outcome(before, actions)
-        self._elapsed += active
-        return self._finish(np.where(active, rewards, 0), terminations & active, terms, active)
-
-    def _finish(self, rewards: np.ndarray, terminations: np.ndarray, terms: Infos, active: np.ndarray) -> Any:
-        limit = self.max_episode_steps
-        truncations = active & (self._elapsed >= limit) if limit is not None else self.nobody()
-        infos: dict[str, Any] = {}
-        diverged = self.batch.warning[:, _DIVERGED, 1].any(axis=1) & active
-        if diverged.any():
+        self._elapsed += running
+        truncations = self._elapsed >= self._limit
+        if not self._all_run:
+            rewards = np.where(running, rewards, 0)
+            terminations, truncations = terminations & running, truncations & running
+        if self.batch.warning.any():
+            diverged = self.batch.warning[:, DIVERGENCE_WARNINGS, 1].any(axis=1)
             self.batch.warning[:] = 0
-            terms["diverged"] = diverged
-        ended = terminations | truncations
-        stepped, observations = active, None
-        if self.autoreset_mode is AutoresetMode.NEXT_STEP:
-            if self._done.any():
-                due = self._done.copy()
-                self._reset(due)
-                _add_infos(infos, self.reset_infos(), due)
-        elif self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
-            observations = self.observe()
+            if diverged.any():
+                terms["diverged"] = diverged
+        infos = self._autoreset(running, terminations | truncations, terms)
+        return self.observe(), rewards.astype(np.float64, copy=False), terminations, truncations, infos
+
+    def _autoreset(self, running: np.ndarray, ended: np.ndarray, terms: Infos) -> dict[str, Any]:
+        """Do what the mode asks for after a step, and return the step's infos."""
+        infos: dict[str, Any] = {}
+        whole = self._all_run
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP and not whole:
+            due = ~running
+            self._reset(due)
+            _add_infos(infos, self.reset_infos(), due)
+        if not ended.any():
+            _add_infos(infos, terms, running, whole)
+        elif self.autoreset_mode is AutoresetMode.SAME_STEP:
             final_obs = np.full(self.num_envs, None, dtype=object)
-            for i in np.flatnonzero(ended).tolist():
-                final_obs[i] = observations[i]
+            for i, observation in enumerate(self.observe()):
+                final_obs[i] = observation if ended[i] else None
             final_info: dict[str, Any] = {}
             _add_infos(final_info, terms, ended)
             infos = {"final_obs": final_obs, "_final_obs": ended, "final_info": final_info, "_final_info": ended}
-            stepped = active & ~ended
             self._reset(ended)
             _add_infos(infos, self.reset_infos(), ended)
-        _add_infos(infos, terms, stepped)
-        if self.autoreset_mode is not AutoresetMode.SAME_STEP:
-            self._done |= ended
-        return self.observe(), rewards.astype(np.float64, copy=False), terminations, truncations, infos
+            _add_infos(infos, terms, ~ended)
+        else:
+            _add_infos(infos, terms, running, whole)
+            self._running = self._running & ~ended
+            self._all_run = False
+        return infos
 
     def render(self) -> tuple[Any, ...] | None:
         """Return one picture per sub-env, of its state now (Gymnasium's are a physics substep behind)."""
@@ -293,11 +285,14 @@ class MujocoVectorEnv(VectorEnv):
         self.task.close()
 
 
-def _add_infos(infos: dict[str, Any], terms: Infos, mask: np.ndarray) -> None:
-    """Add the masked rows of some terms to Gymnasium's form of vector infos: ``key`` and its mask ``_key``."""
-    if not mask.any():
+def _add_infos(infos: dict[str, Any], terms: Infos, mask: np.ndarray, whole: bool = False) -> None:
+    """Add the masked rows of some terms to Gymnasium's form of vector infos: ``key`` and its mask ``_key``.
+
+    :param whole: the mask is True everywhere
+    """
+    if not whole and not mask.any():
         return
-    whole = mask.all()
+    known = mask.copy()
     for name, values in terms.items():
         if name in infos:
             infos[name][mask] = values[mask]
@@ -307,7 +302,7 @@ def _add_infos(infos: dict[str, Any], terms: Infos, mask: np.ndarray) -> None:
                 kept = np.zeros_like(values)
                 kept[mask] = values[mask]
                 values = kept
-            infos[name], infos["_" + name] = values, mask.copy()
+            infos[name], infos["_" + name] = values, known
 
 
 class _ContactBatch:

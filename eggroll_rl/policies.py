@@ -133,12 +133,12 @@ class MlpPolicy(BasePolicy):
                 # SB3's one-hot counts from 0. Rows of an env that was never reset hold 0, whatever the start.
                 obs = (obs - int(self.observation_space.start)).clamp(0, int(self.observation_space.n) - 1)
             obs = preprocess_obs(obs, self.observation_space)  # type: ignore[assignment]
-        return obs.flatten(1)
+        return obs if obs.dim() == 2 else obs.flatten(1)
 
     def features(self, encoded: Tensor) -> Tensor:
         """Return the network's input (N, I), float32."""
         if self.normalizer is not None:
-            return self.normalizer(encoded)
+            return self.normalizer.forward(encoded)
         # A copy in torch's own memory even if it is float32 already: BLAS may round differently for another alignment.
         return encoded.to(torch.float32, copy=True)
 

@@ -22,7 +22,7 @@ from eggroll_rl.errors import EpisodeError
 from eggroll_rl.lowrank import Noise, Population
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import MlpPolicy
-from eggroll_rl.serial_vector import SubEnvError
+from eggroll_rl.serial_vector import DIVERGED, SubEnvError
 
 _EPISODE_STREAM = 1  # spawn keys of the seed: the noise uses the seed itself
 _GLOBALS_STREAM = 2
@@ -80,7 +80,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
 
     :param policy: on the CPU, after :func:`load_generation`
     :param envs: ``slice_size`` sub-envs in ``AutoresetMode.DISABLED``, finished ones left alone
-    :raises EpisodeError: an env raised, or gave a NaN or infinite reward or observation
+    :raises EpisodeError: an env raised, gave a NaN or infinite reward or observation, or its physics diverged
     """
     noise, n_episodes = generation.noise, generation.n_eval_episodes
     size = noise.slice_size
@@ -107,9 +107,10 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
     active_N = np.arange(size) < n_members
     reset_N: np.ndarray | None = active_N
     with seeded_globals(noise, first):
-        members = Population(policy.network, noise, first, size).members
+        members = Population(policy.network, noise, first, size).members.forward
         try:
-            while active_N.any():
+            n_active = n_members
+            while n_active:
                 if reset_N is not None:
                     row_seeds = [int(seeds_NE[i, episode_N[i]]) if reset_N[i] else None for i in range(size)]
                     obs, _ = envs.reset(seed=row_seeds, options={"reset_mask": reset_N})  # type: ignore[arg-type]
@@ -126,6 +127,8 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                 return_N += rewards
                 length_N += active_N
                 _check_finite(rewards, obs, active_N, episode_error)
+                if "diverged" in infos:
+                    raise episode_error(int(np.flatnonzero(infos["diverged"])[0]), DIVERGED)
                 ended_N = terminations | truncations  # False where a sub-env is left alone
                 if ended_N.any():
                     rows = np.flatnonzero(ended_N)
@@ -137,6 +140,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                     return_N[rows], length_N[rows] = 0, 0
                     episode_N[rows] += 1
                     active_N = active_N & (episode_N < n_episodes)
+                    n_active = int(active_N.sum())
                     if active_N[rows].any():
                         reset_N = ended_N & active_N
         except SubEnvError as error:

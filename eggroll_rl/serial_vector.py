@@ -5,11 +5,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from eggroll_rl.errors import ConfigError
+from eggroll_rl.mujoco_vector import DIVERGENCE_WARNINGS
+
+DIVERGED = "the physics diverged: MuJoCo met a NaN or a huge number, and put the simulation back to its start"
 
 
 class SubEnvError(Exception):
@@ -29,7 +33,8 @@ class SerialVectorEnv(VectorEnv):
     As Gymnasium's ``SyncVectorEnv`` but for two things that evaluation needs. A finished sub-env is left
     untouched, at no cost, until it is reset by mask: its observation stays, its reward is 0, its flags are
     False. And of all infos only ``is_success`` is kept, where an episode ended, because gathering a dict per
-    env and step would cost as much as the physics.
+    env and step would cost as much as the physics. ``diverged`` is as in
+    :class:`~eggroll_rl.mujoco_vector.MujocoVectorEnv`.
 
     :param env_fns: one function per sub-env, each returning a new env
     :raises ConfigError: the functions return one and the same env
@@ -75,7 +80,8 @@ class SerialVectorEnv(VectorEnv):
 
         :param actions: (num_envs, ...); those of finished sub-envs are ignored
         :return: observations, rewards, terminations, truncations (num_envs, ...) and infos, which hold
-            ``is_success`` (num_envs,) and its mask if episodes that ended in this step have it
+            ``is_success`` (num_envs,) and its mask if episodes that ended in this step have it, and ``diverged``
+            if the physics of a MuJoCo env did
         :raises SubEnvError: a sub-env raised
         """
         rewards = np.zeros(self.num_envs)
@@ -87,11 +93,18 @@ class SerialVectorEnv(VectorEnv):
                 self._obs[i], rewards[i], terminations[i], truncations[i], info = self.envs[i].step(actions[i])
             except Exception as error:
                 raise SubEnvError(i, "step()", error) from error
+            if self._has_diverged(self.envs[i]):
+                infos = self._add_info(infos, {"diverged": True}, i)
             if terminations[i] or truncations[i]:
                 self._done[i] = True
                 if "is_success" in info:
                     infos = self._add_info(infos, {"is_success": bool(info["is_success"])}, i)
         return self._obs.copy(), rewards, terminations, truncations, infos
+
+    @staticmethod
+    def _has_diverged(env: gym.Env) -> bool:
+        data = getattr(env.unwrapped, "data", None)
+        return isinstance(data, mujoco.MjData) and bool(data.warning.number[DIVERGENCE_WARNINGS].any())
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close all sub-envs."""

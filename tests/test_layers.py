@@ -8,19 +8,11 @@ from pathlib import Path
 LAYERS = [
     ["errors", "lowrank", "fitness", "es"],
     ["normalization", "policies"],
-    [
-        "registration",
-        "serial_vector",
-        "mujoco_vector",
-        "mujoco_walkers",
-        "mujoco_arms",
-        "mujoco_tasks",
-        "envs",
-        "rollout",
-    ],
+    ["registration", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
+    ["serial_vector", "envs", "rollout"],
     ["workers", "vec_env", "sb3_vec_env"],
     ["callbacks", "eggroll"],
-    ["agents", "config", "evaluation", "training", "videos", "bench"],
+    ["agents", "config", "evaluation", "training", "videos", "bench_peers", "bench", "bench_forward", "bench_plot"],
     ["cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

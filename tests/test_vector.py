@@ -1,13 +1,19 @@
 """Both vector envs: the serial one against the env itself, the MuJoCo one against Gymnasium bit by bit."""
 
+import re
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import toy
 
+from eggroll_rl import EGGROLL
 from eggroll_rl.envs import env_factory
-from eggroll_rl.errors import ConfigError
-from eggroll_rl.mujoco_vector import MujocoVectorEnv
+from eggroll_rl.errors import ConfigError, EpisodeError
+from eggroll_rl.evaluation import evaluate
+from eggroll_rl.mujoco_tasks import HalfCheetah
+from eggroll_rl.mujoco_vector import MujocoVectorEnv, mujoco_warnings_silenced
 from eggroll_rl.serial_vector import SerialVectorEnv, SubEnvError
 
 
@@ -79,36 +85,6 @@ def test_a_sub_env_that_raises_is_named(fault):
     assert "Traceback" in caught.value.text
 
 
-CHEETAHS = [
-    {},
-    {"forward_reward_weight": 2.5, "ctrl_cost_weight": 0.7},
-    {"reset_noise_scale": 0.0, "frame_skip": 3},
-    {"exclude_current_positions_from_observation": False},
-]
-
-
-@pytest.mark.parametrize("kwargs", CHEETAHS)
-def test_half_cheetah_is_gymnasiums_to_the_bit(kwargs):
-    limit, n = 40, 3
-    factory = env_factory("HalfCheetah-v5", kwargs, max_episode_steps=limit)
-    envs = factory.vector(n)
-    assert isinstance(envs, MujocoVectorEnv)
-    singles = [gym.make("HalfCheetah-v5", max_episode_steps=limit, **kwargs) for _ in range(n)]
-    rng = np.random.default_rng(0)
-    for episode in range(3):
-        # The last episode goes on with the sub-envs' own generators.
-        seeds = [int(s) for s in rng.integers(0, 2**31, n)] if episode < 2 else [None] * n
-        obs, _ = envs.reset(seed=seeds)
-        assert np.array_equal(obs, [env.reset(seed=s)[0] for env, s in zip(singles, seeds, strict=True)])
-        for _ in range(limit):
-            actions = rng.uniform(-1.2, 1.2, (n, 6)).astype(np.float32)
-            stepped = envs.step(actions)
-            expected = [env.step(a) for env, a in zip(singles, actions, strict=True)]
-            for ours, theirs in zip(stepped[:4], zip(*(e[:4] for e in expected), strict=True), strict=True):
-                assert np.array_equal(ours, np.array(theirs))
-        assert stepped[3].all()
-
-
 def test_a_finished_simulation_is_left_alone_until_its_reset():
     envs = env_factory("HalfCheetah-v5", max_episode_steps=4).vector(2)
     envs.reset(seed=[1, 2])
@@ -130,6 +106,7 @@ def test_a_finished_simulation_is_left_alone_until_its_reset():
 def test_wrapped_and_other_envs_go_through_gymnasium():
     wrapped = env_factory("HalfCheetah-v5", wrappers=((gym.wrappers.ClipAction, {}),))
     assert isinstance(wrapped.vector(1), SerialVectorEnv)
+    assert isinstance(env_factory("HalfCheetah-v5").vector(1), MujocoVectorEnv)
     assert isinstance(env_factory("CartPole-v1").vector(1), SerialVectorEnv)
 
 
@@ -138,3 +115,44 @@ def test_no_warning_file_is_left(tmp_path, monkeypatch, capfd):
     env_factory("HalfCheetah-v5").vector(1).close()
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr().err == ""
+
+
+@pytest.fixture
+def absurd_cheetah(tmp_path):
+    """Half-cheetah with motors a million times too strong: its physics diverges within a few steps."""
+    path = Path(gym.envs.mujoco.__file__).parent / "assets" / "half_cheetah.xml"
+    text = re.sub(r'gear="(\d+)"', r'gear="\g<1>000000"', path.read_text())
+    (tmp_path / "absurd.xml").write_text(text)
+    return {"xml_file": str(tmp_path / "absurd.xml")}
+
+
+def test_diverged_physics_is_marked_and_goes_on_as_gymnasiums(absurd_cheetah, tmp_path, monkeypatch, capfd):
+    envs = HalfCheetah(2, autoreset_mode="Disabled", **absurd_cheetah)
+    with mujoco_warnings_silenced():
+        single = gym.make("HalfCheetah-v5", **absurd_cheetah)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    rng, marked = np.random.default_rng(0), []
+    envs.reset(seed=[0, 1]), single.reset(seed=0)
+    for step in range(20):
+        actions = rng.uniform(-1, 1, (2, 6)).astype(np.float32) * (step > 4)
+        actions[1] = 0  # this one stands still
+        obs, rewards, _, _, infos = envs.step(actions)
+        with mujoco_warnings_silenced():
+            expected, reward, *_ = single.step(actions[0])
+        assert np.array_equal(obs[0], expected) and rewards[0] == reward
+        marked.append(infos["diverged"].tolist() if "diverged" in infos else None)
+    assert marked[:5] == [None] * 5 and [True, False] in marked and [True, True] not in marked
+    assert not list((tmp_path / "here").iterdir()) and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "wrappers", [(), ((gym.wrappers.RescaleAction, {"min_action": -1, "max_action": 1}),)], ids=["batch", "serial"]
+)
+def test_a_member_whose_physics_diverged_is_reported(absurd_cheetah, wrappers):
+    factory = env_factory("HalfCheetah-v5", absurd_cheetah, wrappers=wrappers)
+    model = EGGROLL("MlpPolicy", factory, population_size=4, slice_size=4, sigma=1.0, n_workers=0, seed=0)
+    with pytest.raises(EpisodeError, match=r"generation 0, member \d, episode 0, step \d+, .*: the physics diverged"):
+        model.learn(1)
+    with pytest.raises(EpisodeError, match=r"evaluation, seed 3, step \d+: the physics diverged"):
+        evaluate(lambda obs: np.ones((len(obs), 6), np.float32), factory, [3])

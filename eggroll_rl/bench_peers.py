@@ -1,0 +1,199 @@
+"""Who else steps these envs: each peer is a generator of env steps per second, one round at each ``next``.
+
+What a figure counts is in the peer's docstring, whose first line the benchmark prints.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+from eggroll_rl.eggroll import EGGROLL
+from eggroll_rl.envs import EnvFactory
+from eggroll_rl.es import one_thread
+from eggroll_rl.lowrank import Population
+from eggroll_rl.mujoco_tasks import TASKS
+from eggroll_rl.rollout import load_generation
+from eggroll_rl.sb3_vec_env import Sb3VecEnv
+
+Peer = Callable[[EGGROLL, EnvFactory, int], Iterator[float]]
+Act = Callable[[np.ndarray], np.ndarray]
+_ROUND_SECONDS = 2.0
+
+
+class Skipped(Exception):
+    """A peer cannot run here; says why."""
+
+
+def _members(model: EGGROLL, n_envs: int) -> Act:
+    """Return the population's policy: what training computes for a slice of this many members."""
+    generation, policy = model.next_generation(), model.policy.replica()
+    load_generation(policy, generation)
+    members = Population(policy.network, generation.noise, 0, n_envs).members
+
+    @torch.no_grad()
+    def act(obs: np.ndarray) -> np.ndarray:
+        return policy.actions(members(policy.features(policy.encode(torch.from_numpy(obs))))).numpy()
+
+    return act
+
+
+def _drive(step: Callable[[np.ndarray], Any], obs: np.ndarray, act: Act) -> Iterator[float]:
+    while True:
+        # Within a round: a peer that waits for its next turn must not change torch's settings for the others.
+        with one_thread():
+            steps, started = 0, time.perf_counter()
+            while (seconds := time.perf_counter() - started) < _ROUND_SECONDS:
+                obs = step(act(obs))[0]
+                steps += len(obs)
+        yield steps / seconds
+
+
+def sync(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """SyncVectorEnv of 64 envs, 1 process, driven by the population's forward."""
+    envs = SyncVectorEnv([factory] * 64, autoreset_mode=AutoresetMode.SAME_STEP)
+    try:
+        yield from _drive(envs.step, envs.reset(seed=0)[0], _members(model, 64))
+    finally:
+        envs.close()
+
+
+def async_(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """AsyncVectorEnv of 16 envs, 16 processes, driven by the population's forward."""
+    envs = AsyncVectorEnv([factory] * 16, autoreset_mode=AutoresetMode.SAME_STEP)
+    try:
+        yield from _drive(envs.step, envs.reset(seed=0)[0], _members(model, 16))
+    finally:
+        envs.close()
+
+
+def envpool(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """EnvPool of 64 envs, synchronous, as many threads as workers, driven by the population's forward."""
+    try:
+        import envpool as library
+    except ImportError as error:
+        raise Skipped("not installed: pip install envpool") from error
+    envs = library.make(_id(factory), env_type="gymnasium", num_envs=64, num_threads=n_workers, seed=0)
+    act = _members(model, 64)
+    try:
+        yield from _drive(envs.step, envs.reset()[0], lambda obs: act(obs).astype(np.float64))
+    finally:
+        envs.close()
+
+
+def ppo(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """SB3 PPO, whole training: 8 envs in DummyVecEnv, VecNormalize, 64-64, 10 epochs of batches of 64."""
+    return _ppo(DummyVecEnv([factory] * 8))
+
+
+def ppo_on_ours(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """SB3 PPO as above, on our vector env."""
+    task = TASKS[_id(factory)](8, factory.episode_cap, AutoresetMode.SAME_STEP, **factory.kwargs)
+    return _ppo(Sb3VecEnv(task))
+
+
+def _ppo(envs: VecEnv) -> Iterator[float]:
+    algorithm = PPO("MlpPolicy", VecNormalize(envs), n_steps=256, batch_size=64, n_epochs=10, seed=0, device="cpu")
+    try:
+        yield from _learn(algorithm, 4096)
+    finally:
+        envs.close()
+
+
+def _learn(algorithm: Any, steps: int) -> Iterator[float]:
+    while True:
+        before, started = algorithm.num_timesteps, time.perf_counter()
+        algorithm.learn(steps, reset_num_timesteps=False)
+        yield (algorithm.num_timesteps - before) / (time.perf_counter() - started)
+
+
+def ars(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """sb3-contrib ARS, whole training: linear policy, 32 directions, AsyncEval on as many processes as workers."""
+    try:
+        from sb3_contrib import ARS
+        from sb3_contrib.common.vec_env import AsyncEval
+    except ImportError as error:
+        raise Skipped("not installed: pip install sb3-contrib") from error
+    algorithm = ARS("LinearPolicy", VecNormalize(DummyVecEnv([factory])), n_delta=32, n_top=4, seed=0, device="cpu")
+    evaluators = AsyncEval([lambda: VecNormalize(DummyVecEnv([factory])) for _ in range(n_workers)], algorithm.policy)
+    try:
+        while True:
+            before, started = algorithm.num_timesteps, time.perf_counter()
+            algorithm.learn(12_800, reset_num_timesteps=False, async_eval=evaluators)
+            yield (algorithm.num_timesteps - before) / (time.perf_counter() - started)
+    finally:
+        evaluators.close()
+
+
+def evotorch(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """EvoTorch GymNE, whole generations of PGPE: 64-64, population 128, as many Ray actors as workers."""
+    try:
+        from evotorch.algorithms import PGPE
+        from evotorch.neuroevolution import GymNE
+    except ImportError as error:
+        raise Skipped("not installed: pip install evotorch") from error
+    problem = GymNE(
+        factory,
+        "Linear(obs_length, 64) >> Tanh() >> Linear(64, 64) >> Tanh() >> Linear(64, act_length)",
+        observation_normalization=True,
+        num_actors=n_workers,
+    )
+    searcher = PGPE(
+        problem, popsize=128, center_learning_rate=0.01, stdev_learning_rate=0.1, stdev_init=0.05, optimizer="adam"
+    )
+    try:
+        while True:
+            before, started = int(problem.status.get("total_interaction_count", 0)), time.perf_counter()
+            searcher.step()
+            yield (int(problem.status["total_interaction_count"]) - before) / (time.perf_counter() - started)
+    finally:
+        problem.kill_actors()
+
+
+def one_member(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """The usual loop, 1 process: one member after the other, its weights copied into a torch module, one env."""
+    env: gym.Env = factory()
+    policy, noise = model.policy.replica(), model.next_generation().noise
+    population = Population(policy.network, noise)
+    parameters = dict(policy.network.named_parameters())
+    mean = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    member = 0
+    while True:
+        with torch.no_grad(), one_thread():
+            steps, started = 0, time.perf_counter()
+            while (seconds := time.perf_counter() - started) < _ROUND_SECONDS:
+                for name, value in mean.items():
+                    parameters[name].copy_(value)
+                for name, value in population.parameters_of(member).items():
+                    parameters[name].copy_(value)
+                member = (member + 1) % len(population)
+                obs, ended = env.reset(seed=member)[0], False
+                while not ended:
+                    action = policy(torch.from_numpy(obs)[None]).numpy()[0]
+                    obs, _, terminated, truncated, _ = env.step(action)
+                    ended = terminated or truncated
+                    steps += 1
+        yield steps / seconds
+
+
+def _id(factory: EnvFactory) -> str:
+    spec: Any = factory.source
+    return spec.id
+
+
+PEERS: dict[str, Peer] = {
+    "sync": sync,
+    "async": async_,
+    "envpool": envpool,
+    "ppo": ppo,
+    "ppo_on_ours": ppo_on_ours,
+    "ars": ars,
+    "evotorch": evotorch,
+    "one_member": one_member,
+}

@@ -1,0 +1,83 @@
+"""Pictures of what the benchmarks measured."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from eggroll_rl.bench_peers import PEERS
+from eggroll_rl.errors import ConfigError
+
+# Okabe and Ito's colours, which colour-blind people tell apart.
+_COLOURS = [
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#F0E442",
+    "#000000",
+    "#999999",
+    "#7B3294",
+]
+
+
+def _figure(rows: float) -> tuple[Any, Any]:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("a plot needs matplotlib: pip install 'eggroll-rl[plots]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(9, 1.6 + rows), layout="constrained")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a picture that could not be written, before the measuring starts.
+
+    :raises ConfigError: matplotlib is missing, or the ending or the folder is wrong
+    """
+    figure, _ = _figure(0)
+    if path.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():
+        raise ConfigError(f"cannot write {path}: the name must end in .png, .pdf or .svg")
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def plot_throughput(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw env steps per second as parts of the raw C limit, one group of bars per env."""
+    names = [name for name in ("training", *PEERS) if any(name in r["median_ratio"] for r in results)]
+    figure, axes = _figure(0.14 * len(names) * len(results) + 0.2 * len(results))
+    height = 0.8 / len(names)
+    for i, name in enumerate(names):
+        for row, result in enumerate(results):
+            ratio = result["median_ratio"].get(name)
+            if ratio is None:
+                continue
+            y = row + (i - (len(names) - 1) / 2) * height
+            axes.barh(y, ratio, height, color=_COLOURS[i], label=name if row == 0 else None)
+            rate = statistics.median(result["steps_per_second"][name])
+            axes.text(ratio, y, f" {ratio:.2f} ({rate:,.0f}/s)", va="center", fontsize=7)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(results)), [result["env_id"] for result in results])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.2)
+    axes.set_xlabel(f"part of the raw MuJoCo C limit on {results[0]['n_workers']} cores (env steps per second)")
+    axes.legend(loc="lower right", fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def plot_forward(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the time of a population's forward beside its two bounds."""
+    figure, axes = _figure(3.4)
+    labels = [f"{r['width']} wide, rank {r['rank']}, {r['population_size']} members" for r in rows]
+    for i, name in enumerate(("plain", "lowrank", "dense", "update")):
+        axes.plot([1000 * r[name] for r in rows], range(len(rows)), "o", color=_COLOURS[i], label=name)
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds for the whole population, one observation per member, one thread")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,104 @@
+"""The benchmarks measure what they say; how fast anything is, no test can tell."""
+
+import sys
+
+import imageio.v3 as iio
+import mujoco
+import numpy as np
+import pytest
+import torch
+from mujoco.rollout import rollout as mujoco_rollout
+from torch import nn
+
+from eggroll_rl import bench, bench_forward, bench_peers
+from eggroll_rl.bench_plot import check_plot, plot_forward, plot_throughput
+from eggroll_rl.errors import ConfigError
+from eggroll_rl.lowrank import Noise, Population
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(bench, "POPULATION_SIZE", 8)
+    monkeypatch.setattr(bench, "SLICE_SIZE", 4)
+    monkeypatch.setattr(bench_peers, "_ROUND_SECONDS", 0.05)
+
+
+@pytest.mark.parametrize(("env_id", "real_ends"), [("Hopper-v5", True), ("HalfCheetah-v5", False)])
+def test_the_c_limit_replays_trainings_own_episodes(small, env_id, real_ends):
+    work = bench.prepare(env_id, 1, 60, real_ends)
+    assert (work.lengths < 60).any() == real_ends
+    env = work.factory()
+    task = env.unwrapped
+    seeds = bench.episode_seeds(work.model.next_generation().noise, 1)[:, 0]
+    for i in range(8):
+        env.reset(seed=int(seeds[i]))
+        for t in range(work.lengths[i]):
+            *_, terminated, truncated, _ = env.step(work.controls[i, t].astype(np.float32))
+        assert terminated or truncated
+        controls = work.controls[i : i + 1, : work.lengths[i]].repeat(task.frame_skip, axis=1)
+        states, _ = mujoco_rollout(task.model, mujoco.MjData(task.model), work.states[i : i + 1], controls)
+        # rollout starts without the warm start that Gymnasium's reset leaves behind.
+        assert np.allclose(states[0, -1, 1 : 1 + task.model.nq], task.data.qpos, atol=1e-3)
+
+
+def test_tasks_that_would_end_run_on_unless_real_ends_are_asked_for(small):
+    assert bench.prepare("Hopper-v5", 1, 40, real_ends=False).lengths.tolist() == [40] * 8
+    # Untrained poles fall within 25 steps or so: this one was trained first.
+    assert bench.prepare("InvertedPendulum-v5", 1, 40, real_ends=False).lengths.tolist() == [40] * 8
+
+
+def test_throughput_measures_all_in_turn(small, monkeypatch, tmp_path):
+    for library in ("envpool", "evotorch"):
+        monkeypatch.setitem(sys.modules, library, None)
+    peers = ("sync", "one_member", "envpool", "evotorch")
+    result = bench.throughput("Hopper-v5", 1, repetitions=2, episode_steps=10, peers=peers)
+    rates = result["steps_per_second"]
+    assert list(rates) == ["c_limit", "training", *peers]
+    for name in ("c_limit", "training", "sync", "one_member"):
+        assert len(rates[name]) == 2 and min(rates[name]) > 0
+    assert result["median_ratio"]["c_limit"] == 1 and "envpool" not in result["median_ratio"]
+    assert result["mean_episode_steps"] == 10 and result["vector_env"] == "MujocoVectorEnv"
+    text = bench.throughput_table(result)
+    assert "pip install envpool" in text and "ours, whole training, 1 processes" in text
+    plot_throughput([result, result], tmp_path / "speed.png")
+    assert iio.imread(tmp_path / "speed.png").std() > 0
+
+
+def test_the_measured_generation_stays_the_same(small):
+    work = bench.prepare("HalfCheetah-v5", 1, 10, False)
+    before = {name: value.clone() for name, value in work.model.policy.state_dict().items()}
+    run = bench._training(work)
+    next(run), next(run)
+    run.close()
+    after = work.model.policy.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert work.model.next_generation().noise.generation == 0
+
+
+def test_an_unknown_peer_and_an_unwritable_picture_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="unknown peer 'sb4'; known are sync"):
+        bench.throughput("HalfCheetah-v5", peers=("sb4",))
+    with pytest.raises(ConfigError, match="must end in .png"):
+        check_plot(tmp_path / "speed.docx")
+    with pytest.raises(ConfigError, match="there is no folder"):
+        check_plot(tmp_path / "nowhere" / "speed.png")
+
+
+def test_the_forward_is_compared_with_the_same_members(tmp_path):
+    network = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    noise, x = Noise(0, 0, 6, 0.1, 2, 6), torch.randn(6, 5)
+    with torch.no_grad():
+        assert torch.allclose(bench_forward._dense(network, noise, x), Population(network, noise).members(x), atol=1e-6)
+    rows = bench_forward.forward((8, 16), (1, 2), (4,), repetitions=2)
+    assert [(r["width"], r["rank"]) for r in rows] == [(8, 1), (8, 2), (16, 1), (16, 2)]
+    assert all(r[name] > 0 for r in rows for name in ("plain", "lowrank", "dense", "update", "make_noise"))
+    assert len(bench_forward.forward_table(rows).splitlines()) == 6
+    plot_forward(rows, tmp_path / "forward.png")
+    assert iio.imread(tmp_path / "forward.png").std() > 0
+
+
+@pytest.mark.skipif(not bench_forward._CLEAR.exists(), reason="only Linux tells the peak of memory")
+def test_memory_grows_with_the_factors_and_not_with_the_matrices():
+    (few, many) = bench_forward.forward((512,), (1,), (256, 1024), repetitions=1)
+    assert many["dense_bytes"] == 4 * few["dense_bytes"] > 2e9
+    assert many["peak_bytes"] < many["dense_bytes"] / 40
