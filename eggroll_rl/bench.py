@@ -28,7 +28,7 @@ from eggroll_rl.rollout import episode_seeds, load_generation, rollout
 from eggroll_rl.workers import available_cores, count_workers, make_evaluator
 
 POPULATION_SIZE, SLICE_SIZE, NET_ARCH = 128, 64, [64, 64]
-_WARM_UP_GENERATIONS = 300
+_WARM_UP_GENERATIONS = 100
 
 
 @dataclass
@@ -62,9 +62,10 @@ def throughput(
 
     A generation is everything from ask to tell: noise, parameters to the workers, episodes, results back, update,
     normalizer. The C limit steps the same model from the same reset states with the controls that these episodes
-    applied, one thread per worker and no Python in between.
+    applied, one thread per worker and no Python within an episode.
 
-    :param n_workers: worker processes, and threads of the C limit; None takes all cores
+    :param n_workers: worker processes, and threads of the C limit; None takes all cores. At most 2, as
+        there are two slices
     :param repetitions: rounds, after one to warm up
     :param episode_steps: cap on the episodes
     :param real_ends: let episodes end where the task ends them. Otherwise termination is switched off, or, for the
@@ -90,8 +91,10 @@ def throughput(
                     continue
                 try:
                     rates.setdefault(name, []).append(next(run))
-                except Skipped as reason:
-                    rates[name] = str(reason)
+                except Exception as error:
+                    if name in ("c_limit", "training"):
+                        raise
+                    rates[name] = str(error) if isinstance(error, Skipped) else f"{type(error).__name__}: {error}"
     rates = {name: values if isinstance(values, str) else values[1:] for name, values in rates.items()}
     ratios = {
         name: float(statistics.median(a / b for a, b in zip(values, rates["c_limit"], strict=True)))
@@ -159,6 +162,11 @@ def prepare(env_id: str, n_workers: int, episode_steps: int, real_ends: bool) ->
             if real_ends or lengths.min() == limit:
                 break
             model.update(results)
+        else:
+            raise ConfigError(
+                f"{env_id}: after {_WARM_UP_GENERATIONS} generations some members still end before step {limit}, "
+                "so that no slice stays full: measure with --real-ends"
+            )
     return Workload(model, capped, n_workers, controls, _reset_states(model, capped), lengths)
 
 

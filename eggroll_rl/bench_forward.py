@@ -4,6 +4,7 @@ Timed: one observation per member through the whole population, and the update. 
 beyond what the process held before it.
 """
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -72,7 +73,8 @@ def _measure(width: int, rank: int, population_size: int, n_layers: int, repetit
 
     def generation() -> None:
         for first in range(0, population_size, noise.slice_size):
-            Population(network, noise, first, noise.slice_size).members(x[first : first + noise.slice_size])
+            rows = x[first : first + noise.slice_size]
+            Population(network, noise, first, len(rows)).members(rows)
         estimate_gradient(network, noise, utilities)
 
     peak = _peak_bytes(generation)
@@ -125,14 +127,16 @@ def _dense(network: nn.Sequential, noise: Noise, x: torch.Tensor) -> torch.Tenso
 
 
 def _peak_bytes(run: Callable[[], None]) -> int | None:
-    """Return how far the process's memory rises in ``run``; Linux only."""
+    """Return how far the process's memory rises in ``run``; Linux with glibc only."""
     run()  # allocators and libraries warm up
     try:
+        # What was freed must be given back first, or it hides what is taken next.
+        ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text("5")  # put the high-water mark back to what is held now
         before = _status("VmRSS")
         run()
         return max(0, _status("VmHWM") - before)
-    except (OSError, StopIteration):
+    except (OSError, AttributeError, StopIteration):
         return None
 
 

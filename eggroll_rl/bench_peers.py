@@ -18,7 +18,6 @@ from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory
 from eggroll_rl.es import one_thread
 from eggroll_rl.lowrank import Population
-from eggroll_rl.mujoco_tasks import TASKS
 from eggroll_rl.rollout import load_generation
 from eggroll_rl.sb3_vec_env import Sb3VecEnv
 
@@ -79,7 +78,8 @@ def envpool(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[flo
         import envpool as library
     except ImportError as error:
         raise Skipped("not installed: pip install envpool") from error
-    envs = library.make(_id(factory), env_type="gymnasium", num_envs=64, num_threads=n_workers, seed=0)
+    settings = {"max_episode_steps": factory.episode_cap, **factory.kwargs}
+    envs = library.make(_id(factory), env_type="gymnasium", num_envs=64, num_threads=n_workers, seed=0, **settings)
     act = _members(model, 64)
     try:
         yield from _drive(envs.step, envs.reset()[0], lambda obs: act(obs).astype(np.float64))
@@ -93,9 +93,8 @@ def ppo(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
 
 
 def ppo_on_ours(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
-    """SB3 PPO as above, on our vector env."""
-    task = TASKS[_id(factory)](8, factory.episode_cap, AutoresetMode.SAME_STEP, **factory.kwargs)
-    return _ppo(Sb3VecEnv(task))
+    """SB3 PPO, whole training, the same settings on 8 envs of our vector env."""
+    return _ppo(Sb3VecEnv(factory.vector(8, AutoresetMode.SAME_STEP)))
 
 
 def _ppo(envs: VecEnv) -> Iterator[float]:

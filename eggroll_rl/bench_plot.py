@@ -24,13 +24,11 @@ _COLOURS = [
 
 def _figure(rows: float) -> tuple[Any, Any]:
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("a plot needs matplotlib: pip install 'eggroll-rl[plots]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(9, 1.6 + rows), layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + rows), layout="constrained")
+    return figure, figure.subplots()
 
 
 def check_plot(path: Path) -> None:
@@ -38,8 +36,8 @@ def check_plot(path: Path) -> None:
 
     :raises ConfigError: matplotlib is missing, or the ending or the folder is wrong
     """
-    figure, _ = _figure(0)
-    if path.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():
+    _figure(0)
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ConfigError(f"cannot write {path}: the name must end in .png, .pdf or .svg")
     if not path.parent.is_dir():
         raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")
@@ -50,19 +48,22 @@ def plot_throughput(results: list[dict[str, Any]], path: Path) -> None:
     names = [name for name in ("training", *PEERS) if any(name in r["median_ratio"] for r in results)]
     figure, axes = _figure(0.14 * len(names) * len(results) + 0.2 * len(results))
     height = 0.8 / len(names)
+    most, drawn = 1.0, set()
     for i, name in enumerate(names):
         for row, result in enumerate(results):
             ratio = result["median_ratio"].get(name)
             if ratio is None:
                 continue
             y = row + (i - (len(names) - 1) / 2) * height
-            axes.barh(y, ratio, height, color=_COLOURS[i], label=name if row == 0 else None)
+            axes.barh(y, ratio, height, color=_COLOURS[i], label=None if name in drawn else name)
+            drawn.add(name)
+            most = max(most, ratio)
             rate = statistics.median(result["steps_per_second"][name])
             axes.text(ratio, y, f" {ratio:.2f} ({rate:,.0f}/s)", va="center", fontsize=7)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(results)), [result["env_id"] for result in results])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.2)
+    axes.set_xlim(0, 1.2 * most)
     axes.set_xlabel(f"part of the raw MuJoCo C limit on {results[0]['n_workers']} cores (env steps per second)")
     axes.legend(loc="lower right", fontsize=7)
     figure.savefig(path, dpi=150)

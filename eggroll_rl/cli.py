@@ -245,7 +245,7 @@ _plot_option = click.option("--plot", type=click.Path(path_type=Path), help="Wri
 @click.option(
     "--n-workers",
     type=click.IntRange(min=1),
-    help="Processes, and threads of the C limit. [default: all cores]",
+    help="Processes, and threads of the C limit, at most 2. [default: all cores]",
 )
 @click.option("--repetitions", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved rounds.")
 @click.option("--episode-steps", type=click.IntRange(min=1), default=200, show_default=True, help="Cap on episodes.")

@@ -80,19 +80,25 @@ class EnvFactory:
                 raise ConfigError(f"wrapper {wrapper.__name__} refuses {wrapper_kwargs}: {_one_line(error)}") from error
         return env if self.episode_cap is None else TimeLimit(env, self.episode_cap)
 
-    def vector(self, num_envs: int) -> VectorEnv:
-        """Make ``num_envs`` of them as one vector env, on ``mujoco.batch`` where the task qualifies."""
+    def vector(self, num_envs: int, autoreset_mode: AutoresetMode = AutoresetMode.DISABLED) -> VectorEnv:
+        """Make ``num_envs`` of them as one vector env, on ``mujoco.batch`` where the task qualifies.
+
+        :raises ConfigError: the env refuses its arguments, or has no vector env that resets by itself
+        """
         task = self._vector_task()
         if task is None:
+            if autoreset_mode is not AutoresetMode.DISABLED:
+                raise ConfigError(f"only the MuJoCo tasks have a vector env with {autoreset_mode}")
             return SerialVectorEnv([self] * num_envs)
         assert isinstance(self.source, EnvSpec)
         limits = [self.max_episode_steps or self.source.max_episode_steps, self.episode_cap]
-        return task(
-            num_envs,
-            max_episode_steps=min((limit for limit in limits if limit is not None), default=None),
-            autoreset_mode=AutoresetMode.DISABLED,
-            **{**self.source.kwargs, **self.kwargs},
-        )
+        limit = min((limit for limit in limits if limit is not None), default=None)
+        kwargs = {**self.source.kwargs, **self.kwargs}
+        try:
+            return task(num_envs, limit, autoreset_mode, **kwargs)
+        except Exception as error:  # a constructor of anybody's
+            what = f"{type(error).__name__}: {_one_line(error)}"
+            raise ConfigError(f"cannot make {self.source.id} with {kwargs}: {what}") from error
 
     def describe_vector(self) -> str:
         """Name the vector env that :meth:`vector` makes, for the log."""

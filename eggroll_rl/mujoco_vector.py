@@ -1,4 +1,4 @@
-"""``MujocoVectorEnv``: many simulations of one Gymnasium MuJoCo task, without Python per env.
+"""``MujocoVectorEnv``: many simulations of one Gymnasium MuJoCo task, computed on arrays.
 
 ``mujoco.batch.Batch`` (mujoco 3.17) steps the simulations from C++ and hands out live arrays, so that rewards and
 observations are computed for all sub-envs at once. It is the same engine on the same model: every number is
@@ -26,8 +26,8 @@ from mujoco.batch import Batch
 Infos = dict[str, np.ndarray]
 Outcome = tuple[np.ndarray, np.ndarray, Infos]
 
-# A bad position, velocity, acceleration or control: MuJoCo puts the simulation back to its start and goes on.
-DIVERGENCE_WARNINGS = slice(mujoco.mjtWarning.mjWARN_BADQPOS.value, mujoco.mjtWarning.mjWARN_BADCTRL.value + 1)
+# A bad position, velocity or acceleration: MuJoCo puts the simulation back to its start and goes on.
+DIVERGENCE_WARNINGS = slice(mujoco.mjtWarning.mjWARN_BADQPOS.value, mujoco.mjtWarning.mjWARN_BADQACC.value + 1)
 _NO_STAGE = mujoco.mjtStage.mjSTAGE_NONE.value
 
 
@@ -75,16 +75,17 @@ def norm(vectors: np.ndarray) -> np.ndarray:
 class MujocoVectorEnv(VectorEnv):
     """N simulations of a Gymnasium MuJoCo task, on one thread.
 
-    Everything is as in ``SyncVectorEnv`` of the same envs: the three autoreset modes, seeds, masks, infos. Two
-    things are added. In ``AutoresetMode.DISABLED`` a finished sub-env may be stepped on: it is left untouched, at
-    no cost, with reward 0 and both flags False, until it is reset by mask. And ``infos["diverged"]`` marks the
-    sub-envs whose physics diverged in this step: MuJoCo resets such a simulation without a word, and Gymnasium
-    goes on with it.
+    ``reset`` and ``step`` do what ``SyncVectorEnv``'s do on the same envs, in the three autoreset modes: seeds, masks,
+    infos. Two things are added. In ``AutoresetMode.DISABLED`` a finished sub-env may be stepped on: it is left
+    untouched, at no cost, with reward 0 and both flags False, until it is reset by mask. And ``infos["diverged"]``
+    marks the sub-envs whose physics diverged in this step: MuJoCo resets such a simulation without a word, and
+    Gymnasium goes on with it. (In ``SAME_STEP`` it is in ``final_info`` if the episode ends in that step.)
 
     :param num_envs: number of simulations
-    :param max_episode_steps: time limit, None for no limit
+    :param max_episode_steps: time limit; None or -1 for no limit
     :param autoreset_mode: a mode or its name; as of ``SyncVectorEnv``
     :param kwargs: for the constructor of Gymnasium's env
+    :raises ValueError: ``num_envs`` or ``max_episode_steps`` is below 1
     """
 
     entry_point: ClassVar[str]
@@ -97,6 +98,11 @@ class MujocoVectorEnv(VectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         **kwargs: Any,
     ):
+        if max_episode_steps == -1:
+            max_episode_steps = None
+        for name, value in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         # One env of the task lends its model, its settings and its renderer.
         with mujoco_warnings_silenced():
             self.task = load_env_creator(self.entry_point)(**kwargs)
@@ -185,7 +191,7 @@ class MujocoVectorEnv(VectorEnv):
         elif isinstance(seed, int | np.integer):
             seeds = [int(seed) + i for i in range(self.num_envs)]
         else:
-            seeds = seed
+            seeds = [None if s is None else int(s) for s in seed]
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed must be one number or {self.num_envs} of them, got {len(seeds)}")
         self._reset(mask, seeds)
@@ -194,13 +200,15 @@ class MujocoVectorEnv(VectorEnv):
         return self.observe(), infos
 
     def _reset(self, mask: np.ndarray, seeds: Sequence[int | None] | None = None) -> None:
-        self.batch.reset(mask, stage=_NO_STAGE)
+        with mujoco_warnings_silenced():
+            self.batch.reset(mask, stage=_NO_STAGE)
         for i in np.flatnonzero(mask).tolist():
             generator, seed = self._generators[i], seeds[i] if seeds else None
             if generator is None or seed is not None:
                 generator = self._generators[i] = seeding.np_random(seed)[0]
             self.qpos[i], self.qvel[i] = self.initial_state(generator)
-        self.batch.forward(mask)
+        with mujoco_warnings_silenced():
+            self.batch.forward(mask)
         self._elapsed[mask] = 0
         self._fresh |= mask
         self._running = self._running | mask
@@ -214,6 +222,8 @@ class MujocoVectorEnv(VectorEnv):
         :raises ResetNeeded: before the first reset
         :raises ValueError: actions have another shape
         """
+        # Sums of squares add up in memory order.
+        actions = np.ascontiguousarray(actions)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions must have shape {self.action_space.shape}, got {actions.shape}")
         running, before = self._running, self.place()
@@ -258,7 +268,7 @@ class MujocoVectorEnv(VectorEnv):
                 final_obs[i] = observation if ended[i] else None
             final_info: dict[str, Any] = {}
             _add_infos(final_info, terms, ended)
-            infos = {"final_obs": final_obs, "_final_obs": ended, "final_info": final_info, "_final_info": ended}
+            infos = {"final_obs": final_obs, "_final_obs": ended, "final_info": final_info, "_final_info": ended.copy()}
             self._reset(ended)
             _add_infos(infos, self.reset_infos(), ended)
             _add_infos(infos, terms, ~ended)
@@ -276,7 +286,8 @@ class MujocoVectorEnv(VectorEnv):
         pictures = []
         for i in range(self.num_envs):
             self.task.data.qpos[:], self.task.data.qvel[:] = self.qpos[i], self.qvel[i]
-            mujoco.mj_forward(self.task.model, self.task.data)
+            with mujoco_warnings_silenced():
+                mujoco.mj_forward(self.task.model, self.task.data)
             pictures.append(self.task.render())
         return tuple(pictures)
 
@@ -292,7 +303,6 @@ def _add_infos(infos: dict[str, Any], terms: Infos, mask: np.ndarray, whole: boo
     """
     if not whole and not mask.any():
         return
-    known = mask.copy()
     for name, values in terms.items():
         if name in infos:
             infos[name][mask] = values[mask]
@@ -302,7 +312,7 @@ def _add_infos(infos: dict[str, Any], terms: Infos, mask: np.ndarray, whole: boo
                 kept = np.zeros_like(values)
                 kept[mask] = values[mask]
                 values = kept
-            infos[name], infos["_" + name] = values, known
+            infos[name], infos["_" + name] = values, mask.copy()
 
 
 class _ContactBatch:

@@ -72,7 +72,7 @@ class _Upright(_Runner):
         healthy = self.healthy()
         forward_reward, ctrl_cost, infos = self.progress(before, actions)
         healthy_reward = healthy * self.task._healthy_reward
-        terminations = ~healthy & self.task._terminate_when_unhealthy
+        terminations = ~healthy & bool(self.task._terminate_when_unhealthy)
         infos = {**infos, **self.reset_infos(), "reward_survive": healthy_reward}
         return forward_reward + healthy_reward - ctrl_cost, terminations, infos
 
@@ -179,7 +179,7 @@ class Ant(MujocoVectorEnv):
             "reward_survive": healthy_reward,
         }
         rewards = forward_reward + healthy_reward - (ctrl_cost + contact_cost)
-        return rewards, ~healthy & task._terminate_when_unhealthy, infos
+        return rewards, ~healthy & bool(task._terminate_when_unhealthy), infos
 
     def reset_infos(self) -> Infos:
         return whereabouts(self.qpos)
@@ -251,7 +251,7 @@ class Humanoid(_Human):
             "reward_contact": -contact_cost,
         }
         rewards = forward_reward + healthy_reward - (ctrl_cost + contact_cost)
-        return rewards, ~healthy & task._terminate_when_unhealthy, infos
+        return rewards, ~healthy & bool(task._terminate_when_unhealthy), infos
 
     def reset_infos(self) -> Infos:
         return {**whereabouts(self.qpos), **self.tendons()}

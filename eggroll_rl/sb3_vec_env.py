@@ -10,6 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from eggroll_rl.errors import ConfigError
 
 _ONE_OBJECT = "the sub-envs are one object, so it goes for all of them at once: leave indices away"
+_SINGLE = {"observation_space": "single_observation_space", "action_space": "single_action_space"}
 
 
 class Sb3VecEnv(VecEnv):
@@ -31,9 +32,14 @@ class Sb3VecEnv(VecEnv):
         self._actions = np.empty(0)
 
     def reset(self) -> np.ndarray:
-        """Reset all sub-envs, with the seeds given to :meth:`seed`, once."""
+        """Reset all sub-envs, with the seeds and options given to :meth:`seed` and :meth:`set_options`, once.
+
+        :raises ConfigError: the sub-envs were given different options
+        """
+        if any(options != self._options[0] for options in self._options):
+            raise ConfigError(f"set_options: {_ONE_OBJECT}")
         seeds: Any = None if self._seeds[0] is None else self._seeds
-        obs, infos = self.envs.reset(seed=seeds)
+        obs, infos = self.envs.reset(seed=seeds, options=self._options[0] or None)
         self.reset_infos = _rows(infos, self.num_envs)
         self._reset_seeds()
         self._reset_options()
@@ -53,8 +59,9 @@ class Sb3VecEnv(VecEnv):
         finals = _rows(final_infos, self.num_envs) if dones.any() else []
         for i, timeout in enumerate((truncations & ~terminations).tolist()):
             if dones[i]:
-                self.reset_infos[i] = rows[i]
-                rows[i] = {**finals[i], "terminal_observation": final_obs[i]}
+                self.reset_infos[i], rows[i] = rows[i], {**finals[i], "terminal_observation": final_obs[i]}
+                if "episode" in self.reset_infos[i]:  # Gymnasium's RecordEpisodeStatistics adds it to the new episode's
+                    rows[i]["episode"] = self.reset_infos[i].pop("episode")
             rows[i]["TimeLimit.truncated"] = timeout
         return obs, rewards.astype(np.float32), dones, rows
 
@@ -67,24 +74,24 @@ class Sb3VecEnv(VecEnv):
         return list(self.envs.render() or [None] * self.num_envs)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """Return an attribute of the vector env, once per sub-env."""
-        return [getattr(self.envs, attr_name) for _ in self._get_indices(indices)]
+        """Return an attribute of the vector env, once per sub-env; the spaces are those of one sub-env."""
+        return [getattr(self.envs, _SINGLE.get(attr_name, attr_name)) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Set an attribute of the vector env.
 
-        :raises ConfigError: ``indices`` is given
+        :raises ConfigError: ``indices`` leaves some sub-envs out
         """
-        if indices is not None:
+        if len(list(self._get_indices(indices))) < self.num_envs:
             raise ConfigError(f"set_attr({attr_name!r}): {_ONE_OBJECT}")
         setattr(self.envs, attr_name, value)
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
         """Call a method of the vector env and return its result, once per sub-env.
 
-        :raises ConfigError: ``indices`` is given
+        :raises ConfigError: ``indices`` leaves some sub-envs out
         """
-        if indices is not None:
+        if len(list(self._get_indices(indices))) < self.num_envs:
             raise ConfigError(f"env_method({method_name!r}): {_ONE_OBJECT}")
         return [getattr(self.envs, method_name)(*method_args, **method_kwargs)] * self.num_envs
 
@@ -99,7 +106,10 @@ def _rows(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
     for name, values in infos.items():
         if name.startswith("_"):
             continue
-        for row, value, known in zip(rows, values, infos["_" + name].tolist(), strict=True):
+        if isinstance(values, dict):
+            values = _rows(values, num_envs)
+        # RecordEpisodeStatistics masks its dict only as a whole.
+        for row, value, known in zip(rows, values, infos.get("_" + name, [True] * num_envs), strict=True):
             if known:
                 row[name] = value
     return rows

@@ -104,7 +104,11 @@ class SerialVectorEnv(VectorEnv):
     @staticmethod
     def _has_diverged(env: gym.Env) -> bool:
         data = getattr(env.unwrapped, "data", None)
-        return isinstance(data, mujoco.MjData) and bool(data.warning.number[DIVERGENCE_WARNINGS].any())
+        if not isinstance(data, mujoco.MjData) or not data.warning.number.any():
+            return False
+        diverged = bool(data.warning.number[DIVERGENCE_WARNINGS].any())
+        data.warning.number[:] = 0  # they count up
+        return diverged
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close all sub-envs."""

@@ -43,7 +43,7 @@ def test_a_module_imports_only_from_above():
                 assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
 
 
-def test_the_core_needs_torch_and_numpy_only():
+def test_the_core_loads_neither_mujoco_nor_sb3():
     code = (
         "import sys; from eggroll_rl import EvolutionStrategy; "
         "print(sorted({'mujoco', 'stable_baselines3', 'click'} & set(sys.modules)))"

@@ -3,9 +3,11 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from eggroll_rl.mujoco_tasks import TASKS
+from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
 
 N = 4
 # One value beside the default for every documented argument; frame_skip and xml_file are the model's.
@@ -85,7 +87,9 @@ def compare(env_id, kwargs, mode, steps, seed, limit=None, n=N, feedback=False):
     weights = rng.standard_normal((ours.single_observation_space.shape[0], len(low)))
     seeds = [int(s) for s in rng.integers(0, 2**31, n)]
     obs, infos = ours.reset(seed=seeds)
-    assert_same((obs), theirs.reset(seed=seeds)[0], "reset")
+    expected_obs, expected_infos = theirs.reset(seed=seeds)
+    assert_same(obs, expected_obs, "reset")
+    assert_same(infos, expected_infos, "infos of a reset")
     ended = 0
     for step in range(steps):
         # Beyond the bounds too: nothing clips.
@@ -136,3 +140,61 @@ def test_whole_episodes_with_drawn_arguments_are_gymnasiums(env_id, seed):
                 env_id, drawn, AutoresetMode.SAME_STEP, chunk, steps + seed, limit=chunk, feedback=feedback
             )
             steps += chunk
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_layout_of_actions_does_not_matter(order, dtype):
+    ours, theirs = TASKS["Ant-v5"](3), SyncVectorEnv([lambda: gym.make("Ant-v5")] * 3)
+    ours.reset(seed=4), theirs.reset(seed=4)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        actions = np.asarray(rng.uniform(-1, 1, (3, 8)), dtype, order=order)
+        assert np.array_equal(
+            ours.step(actions)[1], [env.step(a)[1] for env, a in zip(theirs.envs, actions, strict=True)]
+        )
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Humanoid-v5"])
+def test_diverged_simulations_go_on_as_gymnasiums_in_every_mode(env_id):
+    for mode in AutoresetMode:
+        with mujoco_warnings_silenced():
+            ours = TASKS[env_id](2, max_episode_steps=50, autoreset_mode=mode)
+            theirs = SyncVectorEnv([lambda: gym.make(env_id, max_episode_steps=50)] * 2, autoreset_mode=mode)
+            ours.reset(seed=1), theirs.reset(seed=1)
+            ours.qvel[1] = 1e12
+            theirs.envs[1].unwrapped.data.qvel[:] = 1e12
+            actions = np.zeros(ours.action_space.shape, np.float32)
+            result, expected = ours.step(actions), theirs.step(actions)
+        for a, b in zip(result[:4], expected[:4], strict=True):
+            assert np.array_equal(a, b)
+        infos = result[4].get("final_info", result[4])
+        assert infos["diverged"].tolist() == [False, True]
+        assert "diverged" not in ours.step(actions)[4]
+
+
+def test_a_single_simulation_an_int_seed_and_no_limit():
+    envs = TASKS["Hopper-v5"](1, max_episode_steps=-1, terminate_when_unhealthy=1)
+    obs, _ = envs.reset(seed=np.int64(3))
+    assert np.array_equal(obs[0], gym.make("Hopper-v5").reset(seed=3)[0])
+    again, _ = envs.reset(seed=np.array([3]))
+    assert np.array_equal(obs, again)
+    ends = [envs.step(np.ones((1, 3), np.float32))[2:4] for _ in range(60)]
+    assert any(termination[0] for termination, _ in ends) and not any(truncation[0] for _, truncation in ends)
+
+
+def test_misuse_is_named():
+    envs = TASKS["Reacher-v5"](2)
+    with pytest.raises(ResetNeeded):
+        envs.step(np.zeros((2, 2), np.float32))
+    with pytest.raises(ValueError, match="seed must be one number or 2"):
+        envs.reset(seed=[1])
+    with pytest.raises(TypeError, match="array of bool"):
+        envs.reset(options={"reset_mask": [True, False]})
+    with pytest.raises(ValueError, match="a True value"):
+        envs.reset(options={"reset_mask": np.zeros(2, bool)})
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match=r"actions must have shape \(2, 2\)"):
+        envs.step(np.zeros(2, np.float32))
+    with pytest.raises(ValueError, match="max_episode_steps must be at least 1, got 0"):
+        TASKS["Reacher-v5"](2, max_episode_steps=0)

@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
@@ -71,6 +72,7 @@ def test_ppo_trains_on_it_under_sb3s_wrappers():
 def test_attributes_and_methods_reach_the_vector_env():
     envs = Sb3VecEnv(HalfCheetah(2, autoreset_mode="SameStep"))
     assert envs.get_attr("dt") == [envs.envs.dt] * 2 and envs.get_attr("dt", [1]) == [envs.envs.dt]
+    assert envs.get_attr("action_space") == [envs.action_space] * 2
     envs.set_attr("mark", 3)
     assert envs.envs.mark == 3
     assert envs.env_is_wrapped(gym.wrappers.TimeLimit) == [False, False]
@@ -82,3 +84,11 @@ def test_attributes_and_methods_reach_the_vector_env():
 def test_another_autoreset_mode_is_refused():
     with pytest.raises(ConfigError, match="autoreset_mode='SameStep'"):
         Sb3VecEnv(HalfCheetah(2))
+
+
+def test_infos_of_vector_wrappers_arrive():
+    envs = Sb3VecEnv(RecordEpisodeStatistics(HalfCheetah(2, max_episode_steps=3, autoreset_mode="SameStep")))
+    envs.reset()
+    for _ in range(3):
+        *_, infos = envs.step(np.zeros((2, 6), np.float32))
+    assert [info["episode"]["l"] for info in infos] == [3, 3]

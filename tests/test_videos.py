@@ -9,8 +9,9 @@ import toy
 from eggroll_rl.envs import env_factory
 from eggroll_rl.errors import ConfigError, RenderError
 from eggroll_rl.evaluation import Agent, batched, evaluate
+from eggroll_rl.mujoco_tasks import TASKS
 from eggroll_rl.policies import MlpPolicy
-from eggroll_rl.videos import record
+from eggroll_rl.videos import choose_gl, record
 
 
 def agent(env_id, steps):
@@ -64,3 +65,16 @@ def test_an_env_that_draws_nothing_is_refused(tmp_path):
 def test_other_formats_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"must end in \.mp4 or \.gif"):
         record(agent("Pendulum-v1", 5), tmp_path / "video.avi")
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Ant-v5"])
+def test_each_sub_env_is_drawn(env_id):
+    choose_gl()
+    envs = TASKS[env_id](2, render_mode="rgb_array", width=64, height=48)
+    envs.reset(seed=0)
+    for _ in range(10):
+        envs.step(np.stack([np.ones(envs.single_action_space.shape), -np.ones(envs.single_action_space.shape)]))
+    first, second = envs.render()
+    assert first.shape == second.shape == (48, 64, 3) and first.std() > 0
+    assert not np.array_equal(first, second)
+    envs.close()
