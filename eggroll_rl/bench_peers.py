@@ -120,14 +120,12 @@ def ars(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
     except ImportError as error:
         raise Skipped("not installed: pip install sb3-contrib") from error
     algorithm = ARS("LinearPolicy", VecNormalize(DummyVecEnv([factory])), n_delta=32, n_top=4, seed=0, device="cpu")
-    evaluators = AsyncEval([lambda: VecNormalize(DummyVecEnv([factory])) for _ in range(n_workers)], algorithm.policy)
-    try:
-        while True:
-            before, started = algorithm.num_timesteps, time.perf_counter()
-            algorithm.learn(12_800, reset_num_timesteps=False, async_eval=evaluators)
-            yield (algorithm.num_timesteps - before) / (time.perf_counter() - started)
-    finally:
-        evaluators.close()
+    while True:
+        # learn() closes them when it ends.
+        evaluators = AsyncEval([lambda: VecNormalize(DummyVecEnv([factory]))] * n_workers, algorithm.policy)
+        before, started = algorithm.num_timesteps, time.perf_counter()
+        algorithm.learn(12_800, reset_num_timesteps=False, async_eval=evaluators)
+        yield (algorithm.num_timesteps - before) / (time.perf_counter() - started)
 
 
 def evotorch(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
