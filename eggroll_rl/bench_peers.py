@@ -1,5 +1,7 @@
 """Who else steps these envs: each peer is a generator of env steps per second, one round at each ``next``.
 
+A generator even where it only hands on another: nothing is built, and nothing can fail, before its first turn.
+
 What a figure counts is in the peer's docstring, whose first line the benchmark prints.
 """
 
@@ -43,33 +45,29 @@ def _members(model: EGGROLL, n_envs: int) -> Act:
     return act
 
 
-def _drive(step: Callable[[np.ndarray], Any], obs: np.ndarray, act: Act) -> Iterator[float]:
-    while True:
-        # Within a round: a peer that waits for its next turn must not change torch's settings for the others.
-        with one_thread():
-            steps, started = 0, time.perf_counter()
-            while (seconds := time.perf_counter() - started) < _ROUND_SECONDS:
-                obs = step(act(obs))[0]
-                steps += len(obs)
-        yield steps / seconds
+def _drive(envs: Any, act: Act) -> Iterator[float]:
+    try:
+        obs = envs.reset()[0]
+        while True:
+            # Within a round: a peer that waits for its next turn must not change torch's settings for the others.
+            with one_thread():
+                steps, started = 0, time.perf_counter()
+                while (seconds := time.perf_counter() - started) < _ROUND_SECONDS:
+                    obs = envs.step(act(obs))[0]
+                    steps += len(obs)
+            yield steps / seconds
+    finally:
+        envs.close()
 
 
 def sync(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
     """SyncVectorEnv of 64 envs, 1 process, driven by the population's forward."""
-    envs = SyncVectorEnv([factory] * 64, autoreset_mode=AutoresetMode.SAME_STEP)
-    try:
-        yield from _drive(envs.step, envs.reset(seed=0)[0], _members(model, 64))
-    finally:
-        envs.close()
+    yield from _drive(SyncVectorEnv([factory] * 64, autoreset_mode=AutoresetMode.SAME_STEP), _members(model, 64))
 
 
 def async_(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
     """AsyncVectorEnv of 16 envs, 16 processes, driven by the population's forward."""
-    envs = AsyncVectorEnv([factory] * 16, autoreset_mode=AutoresetMode.SAME_STEP)
-    try:
-        yield from _drive(envs.step, envs.reset(seed=0)[0], _members(model, 16))
-    finally:
-        envs.close()
+    yield from _drive(AsyncVectorEnv([factory] * 16, autoreset_mode=AutoresetMode.SAME_STEP), _members(model, 16))
 
 
 def envpool(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
@@ -81,20 +79,17 @@ def envpool(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[flo
     settings = {"max_episode_steps": factory.episode_cap, **factory.kwargs}
     envs = library.make(_id(factory), env_type="gymnasium", num_envs=64, num_threads=n_workers, seed=0, **settings)
     act = _members(model, 64)
-    try:
-        yield from _drive(envs.step, envs.reset()[0], lambda obs: act(obs).astype(np.float64))
-    finally:
-        envs.close()
+    yield from _drive(envs, lambda obs: act(obs).astype(np.float64))
 
 
 def ppo(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
     """SB3 PPO, whole training: 8 envs in DummyVecEnv, VecNormalize, 64-64, 10 epochs of batches of 64."""
-    return _ppo(DummyVecEnv([factory] * 8))
+    yield from _ppo(DummyVecEnv([factory] * 8))
 
 
 def ppo_on_ours(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
     """SB3 PPO, whole training, the same settings on 8 envs of our vector env."""
-    return _ppo(Sb3VecEnv(factory.vector(8, AutoresetMode.SAME_STEP)))
+    yield from _ppo(Sb3VecEnv(factory.vector(8, AutoresetMode.SAME_STEP)))
 
 
 def _ppo(envs: VecEnv) -> Iterator[float]:
