@@ -16,6 +16,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
+from eggroll_rl.actor import Actor
 from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory
 from eggroll_rl.es import one_thread
@@ -36,13 +37,8 @@ def _members(model: EGGROLL, n_envs: int) -> Act:
     """Return the population's policy: what training computes for a slice of this many members."""
     generation, policy = model.next_generation(), model.policy.replica()
     load_generation(policy, generation)
-    members = Population(policy.network, generation.noise, 0, n_envs).members
-
-    @torch.no_grad()
-    def act(obs: np.ndarray) -> np.ndarray:
-        return policy.actions(members(policy.features(policy.encode(torch.from_numpy(obs))))).numpy()
-
-    return act
+    actor = Actor(policy, generation.noise, 0, n_envs)
+    return lambda obs: actor.act(actor.encode(obs))
 
 
 def _drive(envs: Any, act: Act) -> Iterator[float]:

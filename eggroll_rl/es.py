@@ -13,10 +13,12 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from eggroll_rl.errors import ConfigError, NonFiniteError
@@ -51,13 +53,19 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+@cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through all loaded libraries: milliseconds
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread: sums do not depend on the number of cores. The setting is put back."""
+    """Run torch and NumPy's BLAS on one thread: sums do not depend on the number of cores. Settings are put back."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with _thread_pools().limit(limits=1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(threads)
 

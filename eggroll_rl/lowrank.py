@@ -157,6 +157,18 @@ class PerturbedLinear(nn.Module):
             self._a_NO = self._a_NRO[:, 0].contiguous()
             self._b_NI = self._b_NIR[:, :, 0].contiguous()
 
+    def arrays(self) -> tuple[np.ndarray, np.ndarray | None, list[tuple[np.ndarray, np.ndarray]]]:
+        """Return the weight (I, O), the members' biases (N, O) and per rank their a (N, O) and b (N, I); on the CPU.
+
+        A member's output is x W + bias + sum over ranks of (x·b) a: sign, sigma and 1/sqrt(rank) are in a.
+        """
+        factors = [
+            (np.ascontiguousarray(self._a_NRO[:, r].numpy()), np.ascontiguousarray(self._b_NIR[:, :, r].numpy()))
+            for r in range(self._b_NIR.shape[2])
+        ]
+        bias_NO = None if self._bias_NO is None else np.ascontiguousarray(self._bias_NO.numpy())
+        return np.ascontiguousarray(self._weight_IO.numpy()), bias_NO, factors
+
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the layer for every member."""
         n_members, n_in, rank = self._b_NIR.shape
@@ -176,7 +188,7 @@ class PerturbedLinear(nn.Module):
         return y_NBO.reshape(*x.shape[:-1], -1)
 
 
-class _Chain(nn.Sequential):
+class Chain(nn.Sequential):
     """A Sequential that calls its layers' forward: nn.Module's own call costs as much as a small kernel."""
 
     def __init__(self, layers: OrderedDict[str, nn.Module]):
@@ -184,6 +196,7 @@ class _Chain(nn.Sequential):
         self._forwards = [layer.forward for layer in layers.values()]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Call the layers in their order."""
         for forward in self._forwards:
             x = forward(x)
         return x
@@ -250,7 +263,7 @@ class Population:
         elif not module._modules:
             return module
         elif type(module) is nn.Sequential and not any(_has_hooks(layer) for layer in (module, *module)):
-            converted = _Chain(OrderedDict((name, self._convert(c, seen)) for name, c in module.named_children()))
+            converted = Chain(OrderedDict((name, self._convert(c, seen)) for name, c in module.named_children()))
         else:
             converted = copy.copy(module)
             # copy.copy shares the dict of children with the original.

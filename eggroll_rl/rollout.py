@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
+from eggroll_rl.actor import Actor
 from eggroll_rl.envs import global_generators_kept
 from eggroll_rl.errors import EpisodeError
-from eggroll_rl.lowrank import Noise, Population
+from eggroll_rl.lowrank import Noise
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.serial_vector import DIVERGED, SubEnvError
@@ -74,7 +75,6 @@ def load_generation(policy: MlpPolicy, generation: Generation) -> None:
     policy.load_state_dict({name: torch.from_numpy(array) for name, array in generation.state.items()})
 
 
-@torch.no_grad()
 def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorEnv) -> RolloutResult:
     """Evaluate the slice of members that starts at ``first``.
 
@@ -107,7 +107,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
     active_N = np.arange(size) < n_members
     reset_N: np.ndarray | None = active_N
     with seeded_globals(noise, first):
-        members = Population(policy.network, noise, first, size).members.forward
+        actor = Actor(policy, noise, first, size)
         try:
             n_active = n_members
             while n_active:
@@ -116,14 +116,13 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                     obs, _ = envs.reset(seed=row_seeds, options={"reset_mask": reset_N})  # type: ignore[arg-type]
                     _check_finite(np.zeros(size), obs, active_N, episode_error)
                     reset_N = None
-                encoded = policy.encode(torch.from_numpy(obs))
-                seen_TNI[t], active_TN[t] = encoded.numpy(), active_N
+                encoded = actor.encode(obs)
+                seen_TNI[t], active_TN[t] = encoded, active_N
                 t += 1
                 if t == _MOMENTS_BLOCK:
                     moments.add(seen_TNI, active_TN)
                     t = 0
-                actions = policy.actions(members(policy.features(encoded)))
-                obs, rewards, terminations, truncations, infos = envs.step(actions.numpy())
+                obs, rewards, terminations, truncations, infos = envs.step(actor.act(encoded))
                 return_N += rewards
                 length_N += active_N
                 _check_finite(rewards, obs, active_N, episode_error)

@@ -4,15 +4,14 @@ Such an env cannot be rebuilt in workers or seeded per episode, and resets by it
 ``num_envs``; a block ends when its last member has finished, and the others' further steps are only counted.
 """
 
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
-import torch
 from stable_baselines3.common.vec_env import VecEnv
 
+from eggroll_rl.actor import Actor
 from eggroll_rl.errors import EpisodeError
 from eggroll_rl.es import one_thread
-from eggroll_rl.lowrank import Population
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Generation, RolloutResult, load_generation
@@ -41,33 +40,31 @@ class VecEnvEvaluator:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    @torch.no_grad()
     def _block(self, generation: Generation, first: int) -> RolloutResult:
         noise, n_episodes, n_envs = generation.noise, generation.n_eval_episodes, self._env.num_envs
         n_members = min(n_envs, noise.population_size - first)
         # A population is whole pairs: the envs sit at `offset` among its rows.
         offset = first % 2
         rows = offset + n_envs + (offset + n_envs) % 2
-        members = Population(self._policy.network, noise, first - offset, rows).members
+        actor = Actor(self._policy, noise, first - offset, rows)
         returns_NE = np.zeros((n_members, n_episodes))
         lengths_NE = np.zeros((n_members, n_episodes), dtype=np.int64)
         moments = Moments.zeros(n_envs, self._policy.n_inputs)
         episode_N = np.where(np.arange(n_envs) < n_members, 0, n_episodes)
-        features = torch.zeros(rows, self._policy.n_inputs)
         steps = 0
-        obs = self._env.reset()
+        obs: Any = self._env.reset()
+        padded = np.zeros((rows, *obs.shape[1:]), dtype=obs.dtype)
         while (episode_N < n_episodes).any():
             active_N = episode_N < n_episodes
-            encoded = self._policy.encode(torch.as_tensor(obs))
-            moments.add(encoded.numpy()[None], active_N[None])
-            features[offset : offset + n_envs] = self._policy.features(encoded)
-            actions = self._policy.actions(members(features))[offset : offset + n_envs]
-            obs, rewards, dones, _ = self._env.step(actions.numpy())
+            padded[offset : offset + n_envs] = obs
+            encoded = actor.encode(padded)
+            moments.add(encoded[None, offset : offset + n_envs], active_N[None])
+            obs, rewards, dones, _ = self._env.step(actor.act(encoded)[offset : offset + n_envs])
             steps += n_envs
             active = np.flatnonzero(active_N)
             returns_NE[active, episode_N[active]] += rewards[active]
             lengths_NE[active, episode_N[active]] += 1
-            for what, values in (("reward", rewards), ("observation", np.asarray(obs))):
+            for what, values in (("reward", rewards), ("observation", obs)):
                 bad = active[~np.isfinite(values[active].reshape(len(active), -1)).all(axis=1)]
                 if len(bad):
                     row = int(bad[0])

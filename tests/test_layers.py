@@ -7,7 +7,7 @@ from pathlib import Path
 
 LAYERS = [
     ["errors", "lowrank", "fitness", "es"],
-    ["normalization", "policies"],
+    ["normalization", "policies", "actor"],
     ["registration", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
     ["serial_vector", "envs", "rollout"],
     ["workers", "vec_env", "sb3_vec_env"],

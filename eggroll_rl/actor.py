@@ -1,0 +1,139 @@
+"""From raw observations to the actions of a slice's members, on NumPy arrays.
+
+Between two batched physics steps nothing of torch is in the caches: its dispatch then costs more than these small
+kernels do. So the inner loop computes in NumPy, into arrays that it keeps, whatever is a plain MLP. Layers and
+policy methods that are not known here run as they are, in torch, between the others.
+
+Shapes: N members, I inputs, O outputs, R rank.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import nn
+
+from eggroll_rl.lowrank import Chain, Noise, PerturbedLinear, Population
+from eggroll_rl.normalization import ObsNormalizer
+from eggroll_rl.policies import MlpPolicy
+
+Stage = Callable[[np.ndarray], np.ndarray]
+
+
+class Actor:
+    """Consecutive members of a generation, one observation each.
+
+    :param policy: holds the mean parameters and the normalizer; as both are when this is made
+    :param noise: the generation's noise
+    :param first: first member (even)
+    :param n_members: number of members N (even)
+    """
+
+    def __init__(self, policy: MlpPolicy, noise: Noise, first: int, n_members: int):
+        self._policy = policy
+        is_box = isinstance(policy.observation_space, spaces.Box)
+        self._is_flat = is_box and type(policy).encode is MlpPolicy.encode
+        members = Population(policy.network, noise, first, n_members).members
+        self._stages = [_features(policy, n_members), *_network(members), _actions(policy)]
+
+    def encode(self, obs: np.ndarray) -> np.ndarray:
+        """Flatten observations (N, ...) to (N, I), as :meth:`MlpPolicy.encode`."""
+        if self._is_flat:
+            return obs.reshape(len(obs), -1)
+        return self._policy.encode(torch.from_numpy(obs)).numpy()
+
+    def act(self, encoded: np.ndarray) -> np.ndarray:
+        """Return the env's actions (N, *action_space.shape), a new array, for encoded observations (N, I)."""
+        x = encoded
+        for stage in self._stages:
+            x = stage(x)
+        return x
+
+
+def _in_torch(forward: Callable[[torch.Tensor], torch.Tensor]) -> Stage:
+    @torch.no_grad()
+    def stage(x: np.ndarray) -> np.ndarray:
+        return forward(torch.from_numpy(x)).numpy()
+
+    return stage
+
+
+def _features(policy: MlpPolicy, n_members: int) -> Stage:
+    if type(policy).features is not MlpPolicy.features or type(policy.normalizer) not in (ObsNormalizer, type(None)):
+        return _in_torch(policy.features)
+    x_NI = np.empty((n_members, policy.n_inputs), dtype=np.float32)
+    if policy.normalizer is None:
+
+        def features(encoded: np.ndarray) -> np.ndarray:
+            x_NI[:] = encoded
+            return x_NI
+
+        return features
+    normalizer = policy.normalizer
+    scale_I, shift_I, clip = normalizer.scale.numpy().copy(), normalizer.shift.numpy().copy(), normalizer.clip
+    wide_NI = np.empty((n_members, policy.n_inputs))
+
+    def normalized(encoded: np.ndarray) -> np.ndarray:
+        np.multiply(encoded, scale_I, out=wide_NI)
+        np.add(wide_NI, shift_I, out=wide_NI)
+        np.maximum(wide_NI, -clip, out=wide_NI)
+        np.minimum(wide_NI, clip, out=wide_NI)
+        x_NI[:] = wide_NI
+        return x_NI
+
+    return normalized
+
+
+def _network(members: nn.Module) -> list[Stage]:
+    return [_layer(layer) for layer in members] if isinstance(members, Chain) else [_in_torch(members.forward)]
+
+
+def _layer(layer: nn.Module) -> Stage:
+    if type(layer) is PerturbedLinear:
+        return _linear(layer)
+    if type(layer) is nn.Tanh:
+        return np.tanh
+    if type(layer) is nn.ReLU:
+        return lambda x: np.maximum(x, 0)
+    return _in_torch(layer.forward)
+
+
+def _linear(layer: PerturbedLinear) -> Stage:
+    """Y = X Wᵀ + b + sum_r (X·b_r) a_r, as the layer itself, with one small kernel at a time."""
+    weight_IO, bias_NO, factors = layer.arrays()
+    y_NO, term_NO = (np.empty((len(factors[0][0]), weight_IO.shape[1]), dtype=np.float32) for _ in range(2))
+    along_N1 = np.empty((len(y_NO), 1), dtype=np.float32)
+    along_N = along_N1[:, 0]
+
+    def linear(x_NI: np.ndarray) -> np.ndarray:
+        np.matmul(x_NI, weight_IO, out=y_NO)
+        if bias_NO is not None:
+            np.add(y_NO, bias_NO, out=y_NO)
+        for a_NO, b_NI in factors:
+            np.vecdot(x_NI, b_NI, out=along_N)
+            np.multiply(a_NO, along_N1, out=term_NO)
+            np.add(y_NO, term_NO, out=y_NO)
+        return y_NO
+
+    return linear
+
+
+def _actions(policy: MlpPolicy) -> Stage:
+    if type(policy).actions is not MlpPolicy.actions:
+        return _in_torch(policy.actions)
+    space = policy.action_space
+    if isinstance(space, spaces.Discrete):
+        start = int(space.start)
+        return lambda outputs: outputs.argmax(1) + start
+    middle, half_range = policy._action_middle.numpy(), policy._action_half_range.numpy()
+    shape = space.shape or ()
+
+    def actions(outputs: np.ndarray) -> np.ndarray:
+        # New arrays: an env may keep its action to compare it with the next.
+        unit = np.tanh(outputs) if policy.squash_output else np.maximum(np.minimum(outputs, 1), -1)
+        np.multiply(unit, half_range, out=unit)
+        np.add(unit, middle, out=unit)
+        return unit if len(shape) == 1 else unit.reshape(-1, *shape)
+
+    return actions
