@@ -49,6 +49,10 @@ def check_whole(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
 
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
@@ -240,7 +244,8 @@ class EvolutionStrategy:
             raise NonFiniteError(f"the update of generation {self.generation} is not finite: nothing was updated")
         clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-12))
         before = {name: parameter.clone() for name, parameter in self._parameters.items()}
-        optimizer_state = copy.deepcopy(self.optimizer.state_dict())
+        # As a deepcopy of its state_dict() would, at half the cost.
+        state_before = {p: {k: _copy(v) for k, v in entry.items()} for p, entry in self.optimizer.state.items()}
         for name, parameter in self._parameters.items():
             # torch minimises, we maximise.
             parameter.grad = gradient[name].mul(-clip).to(parameter.dtype)
@@ -253,7 +258,8 @@ class EvolutionStrategy:
             changed += [value for value in entry.values() if isinstance(value, Tensor)]
         if not all(tensor.isfinite().all() for tensor in changed):
             self._set_parameters(before)
-            self.optimizer.load_state_dict(optimizer_state)
+            self.optimizer.state.clear()
+            self.optimizer.state.update(state_before)
             raise NonFiniteError(f"the step of generation {self.generation} is not finite: nothing was updated")
         step = sum((p.double() - before[name]).square().sum().item() for name, p in self._parameters.items())
         size = sum(p.double().square().sum().item() for p in before.values())

@@ -17,6 +17,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from eggroll_rl.errors import UnsupportedModuleError
+
+_NOISE_AT_ONCE = 2**20  # numbers per rank; bounds the memory of a gradient
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Noise:
     :param population_size: number of members N (even; two per antithetic pair)
     :param sigma: scale of the perturbation
     :param rank: rank of a weight's perturbation
-    :param slice_size: members per slice (even). Forward passes and sums run slice by slice, because floating
-        point gives another last bit for another batch shape
+    :param slice_size: members per slice (even). Forward passes run slice by slice, because floating point
+        gives another last bit for another batch shape
     """
 
     seed: int
@@ -56,14 +59,18 @@ def standard_normal(noise: Noise, parameter: int, first_pair: int, n_pairs: int,
     the ziggurat of ``Generator.standard_normal`` does not. 24-bit uniforms bound |x| by 5.9.
     """
     blocks = -(-size // 8)  # one Philox block is 4 uint64: 8 normals
-    key = np.random.SeedSequence(noise.seed).generate_state(2, np.uint64)
-    philox = np.random.Philox(counter=[first_pair * blocks, parameter, noise.generation, 0], key=key)
+    philox = np.random.Philox(counter=[first_pair * blocks, parameter, noise.generation, 0], key=_key(noise.seed))
     bits = philox.random_raw(n_pairs * blocks * 4).view(np.uint32).reshape(n_pairs, 2, blocks * 4)
     uniform = ((bits >> 8).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)  # in (0, 1)
     radius = np.sqrt(np.float32(-2) * np.log(uniform[:, 0]))
     angle = np.float32(2 * math.pi) * uniform[:, 1]
     normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     return torch.from_numpy(np.ascontiguousarray(normal[:, :size]))
+
+
+@lru_cache(maxsize=8)
+def _key(seed: int) -> np.ndarray:
+    return np.random.SeedSequence(seed).generate_state(2, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -276,21 +283,26 @@ class Population:
     def _perturb(self, linear: nn.Linear) -> PerturbedLinear:
         pairs = (self.first // 2, self.size // 2)
         by_parameter = {id(p.parameter): p for p in self._parameters}
-        sign_N = torch.tensor([1.0, -1.0]).repeat(self.size // 2).to(linear.weight)
         weight, bias = by_parameter.get(id(linear.weight)), by_parameter.get(id(linear.bias))
         if weight is None:  # frozen
             a_NOR = linear.weight.new_zeros(self.size, linear.out_features, 1)
             b_NIR = linear.weight.new_zeros(self.size, linear.in_features, 1)
         else:
-            a_NOR, b_NIR = (f.repeat_interleave(2, dim=0) for f in weight.factors(self.noise, *pairs))
-        scale = self.noise.sigma / math.sqrt(a_NOR.shape[2])
+            a_POR, b_PIR = weight.factors(self.noise, *pairs)
+            a_POR = a_POR * (self.noise.sigma / math.sqrt(a_POR.shape[2]))
+            a_NOR, b_NIR = _interleave(a_POR, -a_POR), _interleave(b_PIR, b_PIR)
         bias_NO = None
         if linear.bias is not None:
             bias_NO = linear.bias.detach().expand(self.size, -1)
             if bias is not None:
-                eps_NO = bias.dense(self.noise, *pairs).repeat_interleave(2, dim=0)
-                bias_NO = bias_NO + self.noise.sigma * sign_N[:, None] * eps_NO
-        return PerturbedLinear(linear, scale * sign_N[:, None, None] * a_NOR, b_NIR, bias_NO)
+                step_PO = self.noise.sigma * bias.dense(self.noise, *pairs)
+                bias_NO = bias_NO + _interleave(step_PO, -step_PO)
+        return PerturbedLinear(linear, a_NOR, b_NIR, bias_NO)
+
+
+def _interleave(even: Tensor, odd: Tensor) -> Tensor:
+    # The members of a pair: +E and -E.
+    return torch.stack((even, odd), dim=1).flatten(0, 1)
 
 
 def slices(noise: Noise) -> Iterator[int]:
@@ -302,7 +314,8 @@ def slices(noise: Noise) -> Iterator[int]:
 def estimate_gradient(module: nn.Module, noise: Noise, utilities: Tensor) -> dict[str, Tensor]:
     """Return g = (1/N) sum_n u_n s_n E_n by parameter name, in float64 (paper Eq. 6, with 1/sigma left out).
 
-    For weights it is (diag(w) A)ᵀ B per slice, summed over slices in their order; nothing of size N·O·I exists.
+    For weights it is (diag(w) A)ᵀ B, summed over blocks of pairs in their order; nothing of size N·O·I exists. The
+    blocks do not depend on ``slice_size``.
 
     :param utilities: shaped fitness u (N,), float64
     """
@@ -310,13 +323,15 @@ def estimate_gradient(module: nn.Module, noise: Noise, utilities: Tensor) -> dic
     gradient = {}
     for p in perturbed_parameters(module):
         total = torch.zeros_like(p.parameter, dtype=torch.float64)
-        for first in slices(noise):
-            w_P = weights_P[first // 2 : (first + noise.slice_size) // 2].to(total.device)
-            pairs = (first // 2, len(w_P))
+        block = max(1, _NOISE_AT_ONCE // sum(p.parameter.shape if p.factored else [p.parameter.numel()]))
+        for first in range(0, len(weights_P), block):
+            w_P = weights_P[first : first + block].to(total.device)
+            pairs = (first, len(w_P))
             if p.factored:
-                a_POR, b_PIR = (f.double() for f in p.factors(noise, *pairs))
-                a_PRO = (a_POR * w_P[:, None, None]).transpose(1, 2)
-                total += a_PRO.flatten(0, 1).t() @ b_PIR.transpose(1, 2).flatten(0, 1) / math.sqrt(a_POR.shape[2])
+                a_POR, b_PIR = p.factors(noise, *pairs)
+                w_P = w_P / math.sqrt(a_POR.shape[2])
+                # float32 times float64 is float64.
+                total += torch.tensordot(a_POR * w_P[:, None, None], b_PIR.double(), dims=([0, 2], [0, 2]))
             else:
                 total += torch.tensordot(w_P, p.dense(noise, *pairs).double(), dims=1)
         gradient[p.name] = total
