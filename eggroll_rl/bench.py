@@ -4,7 +4,6 @@ A figure is env steps per second, frame skip included once. Who is measured take
 down slows all of them.
 """
 
-import copy
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,13 +18,13 @@ from gymnasium.vector import VectorEnv
 from mujoco.rollout import rollout as mujoco_rollout
 from stable_baselines3.common.logger import configure
 
-from eggroll_rl.bench_peers import PEERS, Skipped
+from eggroll_rl.bench_peers import PEERS, Skipped, training
 from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory, env_factory, time_limit
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.mujoco_vector import MujocoVectorEnv
 from eggroll_rl.rollout import episode_seeds, load_generation, rollout
-from eggroll_rl.workers import available_cores, count_workers, make_evaluator
+from eggroll_rl.workers import available_cores, count_workers
 
 POPULATION_SIZE, SLICE_SIZE, NET_ARCH = 128, 64, [64, 64]
 _WARM_UP_GENERATIONS = 100
@@ -81,8 +80,9 @@ def throughput(
     work = prepare(env_id, n_workers or available_cores(), episode_steps, real_ends)
     rates: dict[str, Any] = {}
     with ExitStack() as stack:
-        runs: dict[str, Iterator[float]] = {"c_limit": _c_limit(work), "training": _training(work)}
-        runs |= {name: PEERS[name](work.model, work.factory, work.n_workers) for name in peers}
+        measured = [("training", training), *((name, PEERS[name]) for name in peers)]
+        runs: dict[str, Iterator[float]] = {"c_limit": _c_limit(work)}
+        runs |= {name: run(work.model, work.factory, work.n_workers) for name, run in measured}
         for run in runs.values():
             stack.enter_context(closing(run))  # type: ignore[type-var]
         for _ in range(repetitions + 1):  # the first one warms up
@@ -117,12 +117,14 @@ def throughput_table(result: dict[str, Any]) -> str:
     ends = "real ends" if result["real_ends"] else "all members running"
     cores = result["n_workers"]
     lines = [
-        f"{result['env_id']}, env steps per second, {ends}, {result['mean_episode_steps']:.0f} steps an episode",
+        f"{result['env_id']}, env steps per second, {cores} workers, {ends}, "
+        f"{result['mean_episode_steps']:.0f} steps an episode",
         "     median       range           of C limit",
     ]
     for name, rates in result["steps_per_second"].items():
-        what = {"c_limit": f"raw MuJoCo in C, {cores} threads", "training": f"ours, whole training, {cores} processes"}
-        about = what.get(name) or (PEERS[name].__doc__ or "").splitlines()[0]
+        about = f"raw MuJoCo in C, {cores} threads"
+        if name != "c_limit":
+            about = ({"training": training, **PEERS}[name].__doc__ or "").splitlines()[0]
         if isinstance(rates, str):
             lines.append(f"  {'-':>9}  {rates}: {name}")
             continue
@@ -191,23 +193,6 @@ def _c_limit(work: Workload) -> Iterator[float]:
             started = time.perf_counter()
             list(pool.map(simulate, range(work.n_workers)))
             yield float(work.lengths.sum()) / (time.perf_counter() - started)
-
-
-def _training(work: Workload) -> Iterator[float]:
-    """Train for the same generation again and again: whole, with its update, which is then taken back."""
-    model = work.model
-    core = model.evolution_strategy
-    before = copy.deepcopy((model.policy.state_dict(), core.state_dict()))
-    with make_evaluator(work.n_workers, model.policy, work.factory, SLICE_SIZE) as evaluator:
-        while True:
-            started = time.perf_counter()
-            results = evaluator.evaluate(model.next_generation())
-            model.update(results)
-            seconds = time.perf_counter() - started
-            state, core_state = copy.deepcopy(before)
-            model.policy.load_state_dict(state)
-            core.load_state_dict(core_state)
-            yield sum(int(result.lengths.sum()) for result in results) / seconds
 
 
 class _Recorder:

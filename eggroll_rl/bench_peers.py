@@ -5,6 +5,7 @@ A generator even where it only hands on another: nothing is built, and nothing c
 What a figure counts is in the peer's docstring, whose first line the benchmark prints.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from eggroll_rl.es import one_thread
 from eggroll_rl.lowrank import Population
 from eggroll_rl.rollout import load_generation
 from eggroll_rl.sb3_vec_env import Sb3VecEnv
+from eggroll_rl.workers import make_evaluator
 
 Peer = Callable[[EGGROLL, EnvFactory, int], Iterator[float]]
 Act = Callable[[np.ndarray], np.ndarray]
@@ -56,6 +58,30 @@ def _drive(envs: Any, act: Act) -> Iterator[float]:
         envs.close()
 
 
+def training(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """Ours, whole training: 64 pairs of a 64-64 policy in two slices, a process for each worker.
+
+    The same generation again and again, with its update, which is then taken back.
+    """
+    core = model.evolution_strategy
+    before = copy.deepcopy((model.policy.state_dict(), core.state_dict()))
+    with make_evaluator(n_workers, model.policy, factory, model.slice_size) as evaluator:
+        while True:
+            started = time.perf_counter()
+            results = evaluator.evaluate(model.next_generation())
+            model.update(results)
+            seconds = time.perf_counter() - started
+            state, core_state = copy.deepcopy(before)
+            model.policy.load_state_dict(state)
+            core.load_state_dict(core_state)
+            yield sum(int(result.lengths.sum()) for result in results) / seconds
+
+
+def one_worker(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """Ours, whole training, one process."""
+    yield from training(model, factory, 1)
+
+
 def sync(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
     """SyncVectorEnv of 64 envs, 1 process, driven by the population's forward."""
     yield from _drive(SyncVectorEnv([factory] * 64, autoreset_mode=AutoresetMode.SAME_STEP), _members(model, 64))
@@ -79,7 +105,7 @@ def envpool(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[flo
 
 
 def ppo(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
-    """SB3 PPO, whole training: 8 envs in DummyVecEnv, VecNormalize, 64-64, 10 epochs of batches of 64."""
+    """SB3 PPO, whole training: 8 envs in DummyVecEnv, VecNormalize, 64-64, 10 epochs of batches of 256."""
     yield from _ppo(DummyVecEnv([factory] * 8))
 
 
@@ -89,7 +115,7 @@ def ppo_on_ours(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator
 
 
 def _ppo(envs: VecEnv) -> Iterator[float]:
-    algorithm = PPO("MlpPolicy", VecNormalize(envs), n_steps=256, batch_size=64, n_epochs=10, seed=0, device="cpu")
+    algorithm = PPO("MlpPolicy", VecNormalize(envs), n_steps=256, batch_size=256, n_epochs=10, seed=0, device="cpu")
     try:
         yield from _learn(algorithm, 4096)
     finally:
@@ -176,6 +202,7 @@ def _id(factory: EnvFactory) -> str:
 
 
 PEERS: dict[str, Peer] = {
+    "one_worker": one_worker,
     "sync": sync,
     "async": async_,
     "envpool": envpool,

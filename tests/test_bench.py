@@ -56,16 +56,16 @@ def test_a_slice_that_does_not_stay_full_is_no_figure(small, monkeypatch):
 def test_throughput_measures_all_in_turn(small, monkeypatch, tmp_path):
     for library in ("envpool", "evotorch"):
         monkeypatch.setitem(sys.modules, library, None)
-    peers = ("sync", "one_member", "envpool", "evotorch")
+    peers = ("one_worker", "sync", "one_member", "envpool", "evotorch")
     result = bench.throughput("Hopper-v5", 1, repetitions=2, episode_steps=10, peers=peers)
     rates = result["steps_per_second"]
     assert list(rates) == ["c_limit", "training", *peers]
-    for name in ("c_limit", "training", "sync", "one_member"):
+    for name in ("c_limit", "training", "one_worker", "sync", "one_member"):
         assert len(rates[name]) == 2 and min(rates[name]) > 0
     assert result["median_ratio"]["c_limit"] == 1 and "envpool" not in result["median_ratio"]
     assert result["mean_episode_steps"] == 10 and result["vector_env"] == "MujocoVectorEnv"
     text = bench.throughput_table(result)
-    assert "pip install envpool" in text and "ours, whole training, 1 processes" in text
+    assert "pip install envpool" in text and "Ours, whole training" in text and "1 workers" in text
     plot_throughput([result, result], tmp_path / "speed.png")
     assert iio.imread(tmp_path / "speed.png").std() > 0
 
@@ -73,7 +73,7 @@ def test_throughput_measures_all_in_turn(small, monkeypatch, tmp_path):
 def test_the_measured_generation_stays_the_same(small):
     work = bench.prepare("HalfCheetah-v5", 1, 10, False)
     before = {name: value.clone() for name, value in work.model.policy.state_dict().items()}
-    run = bench._training(work)
+    run = bench_peers.training(work.model, work.factory, 1)
     next(run), next(run)
     run.close()
     after = work.model.policy.state_dict()
@@ -82,7 +82,7 @@ def test_the_measured_generation_stays_the_same(small):
 
 
 def test_an_unknown_peer_and_an_unwritable_picture_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="unknown peer 'sb4'; known are sync"):
+    with pytest.raises(ConfigError, match="unknown peer 'sb4'; known are one_worker"):
         bench.throughput("HalfCheetah-v5", peers=("sb4",))
     with pytest.raises(ConfigError, match="must end in .png"):
         check_plot(tmp_path / "speed.docx")
