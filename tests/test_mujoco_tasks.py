@@ -1,11 +1,14 @@
 """The eleven MuJoCo tasks against Gymnasium's ``SyncVectorEnv`` of the same envs: equal to the last bit."""
 
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from eggroll_rl.evaluation import load_agent
 from eggroll_rl.mujoco_tasks import TASKS
 from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
 
@@ -75,7 +78,7 @@ def assert_same(ours, theirs, where):
         assert np.asarray(ours).dtype == np.asarray(theirs).dtype, where
 
 
-def compare(env_id, kwargs, mode, steps, seed, limit=None, n=N, feedback=False):
+def compare(env_id, kwargs, mode, steps, seed, limit=None, n=N, feedback=False, policy=None):
     """Step both with the same actions and return how many episodes ended."""
     limit = limit or gym.spec(env_id).max_episode_steps
     ours = TASKS[env_id](n, max_episode_steps=limit, autoreset_mode=mode, **kwargs)
@@ -94,7 +97,7 @@ def compare(env_id, kwargs, mode, steps, seed, limit=None, n=N, feedback=False):
     for step in range(steps):
         # Beyond the bounds too: nothing clips.
         actions = np.tanh(obs @ weights) * high if feedback else rng.uniform(1.2 * low, 1.2 * high, (n, len(low)))
-        actions = actions.astype(np.float32)
+        actions = policy(obs) if policy else actions.astype(np.float32)
         result, expected = ours.step(actions), theirs.step(actions)
         names = ("observations", "rewards", "terminations", "truncations", "infos")
         for name, a, b in zip(names, result, expected, strict=True):
@@ -140,6 +143,22 @@ def test_whole_episodes_with_drawn_arguments_are_gymnasiums(env_id, seed):
                 env_id, drawn, AutoresetMode.SAME_STEP, chunk, steps + seed, limit=chunk, feedback=feedback
             )
             steps += chunk
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("feedback", [False, True])
+def test_episodes_to_the_tasks_own_limit_are_gymnasiums(env_id, feedback):
+    steps = gym.spec(env_id).max_episode_steps
+    assert compare(env_id, {}, AutoresetMode.SAME_STEP, steps, seed=3, n=20, feedback=feedback) >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_episodes_of_a_trained_policy_are_gymnasiums(seed):
+    folder = Path(__file__).parent.parent / "agents" / "HalfCheetah-v5" / f"eggroll-seed{seed}"
+    predict = load_agent(folder).predict
+    assert compare("HalfCheetah-v5", {}, AutoresetMode.SAME_STEP, 1000, seed, n=20, policy=predict) == 20
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
