@@ -129,7 +129,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                 if "diverged" in infos:
                     raise episode_error(int(np.flatnonzero(infos["diverged"])[0]), DIVERGED)
                 ended_N = terminations | truncations  # False where a sub-env is left alone
-                if ended_N.any():
+                if np.count_nonzero(ended_N):
                     rows = np.flatnonzero(ended_N)
                     returns_NE[rows, episode_N[rows]] = return_N[rows]
                     lengths_NE[rows, episode_N[rows]] = length_N[rows]
