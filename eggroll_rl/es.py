@@ -11,7 +11,7 @@ which is the paper's Eq. 6 with 1/sigma absorbed in the learning rate. Hyperscal
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -47,6 +47,10 @@ def check_whole(name: str, value: object, least: int) -> None:
     """Refuse what is not a whole number, or below ``least``."""
     if not _is_int(value) or value < least:  # type: ignore[operator]
         raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
+
+
+def _flat(values: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([value.detach().flatten() for value in values.values()]).double()
 
 
 def _copy(value: Any) -> Any:
@@ -253,7 +257,8 @@ class EvolutionStrategy:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        changed: list[Tensor] = [*self._parameters.values()]
+        was, now = (_flat(values) for values in (before, self._parameters))
+        changed = [now]
         for entry in self.optimizer.state.values():
             changed += [value for value in entry.values() if isinstance(value, Tensor)]
         if not all(tensor.isfinite().all() for tensor in changed):
@@ -261,9 +266,8 @@ class EvolutionStrategy:
             self.optimizer.state.clear()
             self.optimizer.state.update(state_before)
             raise NonFiniteError(f"the step of generation {self.generation} is not finite: nothing was updated")
-        step = sum((p.double() - before[name]).square().sum().item() for name, p in self._parameters.items())
-        size = sum(p.double().square().sum().item() for p in before.values())
-        return math.sqrt(step / size) if size > 0 else math.inf
+        step, size = (now - was).norm().item(), was.norm().item()
+        return step / size if size > 0 else math.inf
 
     @torch.no_grad()
     def _set_parameters(self, values: dict[str, Tensor]) -> None:

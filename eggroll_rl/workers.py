@@ -6,6 +6,7 @@ parameters, the normalizer's moments and bounds of slices, and sends back result
 """
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -146,10 +147,11 @@ class ProcessEvaluator:
         waiting = deque(slices(generation.noise))
         results: dict[int, RolloutResult] = {}
         busy: set[Connection] = set()
+        pickled = pickle.dumps(generation)
         for connection in self._connections:
-            self._send(connection, generation)
+            self._send(connection, pickled)
             if waiting:
-                self._send(connection, waiting.popleft())
+                self._send(connection, pickle.dumps(waiting.popleft()))
                 busy.add(connection)
         while busy:
             ready = wait(list(busy))
@@ -157,7 +159,7 @@ class ProcessEvaluator:
                 result = self._receive(connection)
                 results[result.first] = result
                 if waiting:
-                    self._send(connection, waiting.popleft())
+                    self._send(connection, pickle.dumps(waiting.popleft()))
                 else:
                     busy.remove(connection)
         return [results[first] for first in slices(generation.noise)]
@@ -180,9 +182,9 @@ class ProcessEvaluator:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _send(self, connection: Connection, message: Any) -> None:
+    def _send(self, connection: Connection, pickled: bytes) -> None:
         try:
-            connection.send(message)
+            connection.send_bytes(pickled)
         except OSError as error:
             raise self._died(connection) from error
 
