@@ -59,13 +59,18 @@ def plot_throughput(results: list[dict[str, Any]], path: Path) -> None:
             drawn.add(name)
             most = max(most, ratio)
             rate = statistics.median(result["steps_per_second"][name])
-            axes.text(ratio, y, f" {ratio:.2f} ({rate:,.0f}/s)", va="center", fontsize=7)
-    axes.axvline(1, color="black", linewidth=1)
+            # White behind it: a label may lie on the line of the limit.
+            label = axes.text(ratio, y, f" {ratio:.2f} ({rate:,.0f}/s)", va="center", fontsize=7)
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    axes.axvline(1, color="black", linewidth=1, zorder=0.5)
     axes.set_yticks(range(len(results)), [result["env_id"] for result in results])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * most)
     axes.set_xlabel(f"part of the raw MuJoCo C limit on {results[0]['n_workers']} cores (env steps per second)")
-    axes.legend(loc="lower right", fontsize=7)
+    if len(names) > 1:
+        figure.legend(loc="outside upper center", ncols=5, fontsize=7)
+    else:
+        axes.set_title("EGGROLL, whole training", fontsize=9)
     figure.savefig(path, dpi=150)
 
 

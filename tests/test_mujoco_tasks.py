@@ -202,6 +202,12 @@ def test_a_single_simulation_an_int_seed_and_no_limit():
     assert any(termination[0] for termination, _ in ends) and not any(truncation[0] for _, truncation in ends)
 
 
+def test_the_camera_is_as_configured():
+    envs = TASKS["Reacher-v5"](2, render_mode="rgb_array", default_camera_config={"distance": 7.0})
+    assert envs.task.mujoco_renderer.default_cam_config == {"distance": 7.0}
+    assert envs.render_mode == "rgb_array"
+
+
 def test_misuse_is_named():
     envs = TASKS["Reacher-v5"](2)
     with pytest.raises(ResetNeeded):
