@@ -76,7 +76,7 @@ def plot_throughput(results: list[dict[str, Any]], path: Path) -> None:
 
 def plot_forward(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the time of a population's forward beside its two bounds."""
-    figure, axes = _figure(3.4)
+    figure, axes = _figure(1 + 0.2 * len(rows))
     labels = [f"{r['width']} wide, rank {r['rank']}, {r['population_size']} members" for r in rows]
     for i, name in enumerate(("plain", "lowrank", "dense", "update")):
         axes.plot([1000 * r[name] for r in rows], range(len(rows)), "o", color=_COLOURS[i], label=name)

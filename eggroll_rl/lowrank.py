@@ -27,7 +27,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from eggroll_rl.errors import UnsupportedModuleError
 
-_NOISE_AT_ONCE = 2**20  # numbers per rank; bounds the memory of a gradient
+_NOISE_AT_ONCE = 2**18  # numbers per rank; bounds the memory of a gradient
 
 
 @dataclass(frozen=True)

@@ -266,7 +266,7 @@ def test_per_member_input_must_have_one_entry_per_member():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 100])
-@pytest.mark.parametrize("at_once", [1, 20, 2**20])
+@pytest.mark.parametrize("at_once", [1, 20, 2**18])
 def test_gradient_equals_the_explicit_sum(rank, at_once, monkeypatch):
     monkeypatch.setattr("eggroll_rl.lowrank._NOISE_AT_ONCE", at_once)
     module, noise = mlp(), make_noise(rank=rank)
