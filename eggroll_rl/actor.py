@@ -32,8 +32,7 @@ class Actor:
 
     def __init__(self, policy: MlpPolicy, noise: Noise, first: int, n_members: int):
         self._policy = policy
-        is_box = isinstance(policy.observation_space, spaces.Box)
-        self._is_flat = is_box and type(policy).encode is MlpPolicy.encode
+        self._is_flat = isinstance(policy.observation_space, spaces.Box) and _is_plain(policy, "encode")
         members = Population(policy.network, noise, first, n_members).members
         self._stages = [_features(policy, n_members), *_network(members), _actions(policy)]
 
@@ -41,26 +40,33 @@ class Actor:
         """Flatten observations (N, ...) to (N, I), as :meth:`MlpPolicy.encode`."""
         if self._is_flat:
             return obs.reshape(len(obs), -1)
-        return self._policy.encode(torch.from_numpy(obs)).numpy()
+        return _in_torch(self._policy.encode)(obs)
 
     def act(self, encoded: np.ndarray) -> np.ndarray:
         """Return the env's actions (N, *action_space.shape), a new array, for encoded observations (N, I)."""
         x = encoded
-        for stage in self._stages:
-            x = stage(x)
+        with np.errstate(all="ignore"):  # whatever the caller has set: torch would be silent too
+            for stage in self._stages:
+                x = stage(x)
         return x
+
+
+def _is_plain(policy: MlpPolicy, method: str) -> bool:
+    """Say whether a method is MlpPolicy's own, neither a subclass's nor set on the object."""
+    return getattr(getattr(policy, method), "__func__", None) is getattr(MlpPolicy, method)
 
 
 def _in_torch(forward: Callable[[torch.Tensor], torch.Tensor]) -> Stage:
     @torch.no_grad()
     def stage(x: np.ndarray) -> np.ndarray:
-        return forward(torch.from_numpy(x)).numpy()
+        # A copy: who knows what keeps its input, and ours are overwritten at the next step.
+        return forward(torch.from_numpy(x.copy())).numpy()
 
     return stage
 
 
 def _features(policy: MlpPolicy, n_members: int) -> Stage:
-    if type(policy).features is not MlpPolicy.features or type(policy.normalizer) not in (ObsNormalizer, type(None)):
+    if not _is_plain(policy, "features") or type(policy.normalizer) not in (ObsNormalizer, type(None)):
         return _in_torch(policy.features)
     x_NI = np.empty((n_members, policy.n_inputs), dtype=np.float32)
     if policy.normalizer is None:
@@ -86,27 +92,32 @@ def _features(policy: MlpPolicy, n_members: int) -> Stage:
 
 
 def _network(members: nn.Module) -> list[Stage]:
-    return [_layer(layer) for layer in members] if isinstance(members, Chain) else [_in_torch(members.forward)]
+    return [_layer(layer) for layer in members] if isinstance(members, Chain) else [_in_torch(members)]
 
 
 def _layer(layer: nn.Module) -> Stage:
-    if type(layer) is PerturbedLinear:
+    if type(layer) is PerturbedLinear and layer.dtype is torch.float32:
         return _linear(layer)
     if type(layer) is nn.Tanh:
         return np.tanh
     if type(layer) is nn.ReLU:
         return lambda x: np.maximum(x, 0)
-    return _in_torch(layer.forward)
+    return _in_torch(layer)
 
 
 def _linear(layer: PerturbedLinear) -> Stage:
     """Y = X Wᵀ + b + sum_r (X·b_r) a_r, as the layer itself, with one small kernel at a time."""
     weight_IO, bias_NO, factors = layer.arrays()
     y_NO, term_NO = (np.empty((len(factors[0][0]), weight_IO.shape[1]), dtype=np.float32) for _ in range(2))
+    shape = (len(y_NO), len(weight_IO))
     along_N1 = np.empty((len(y_NO), 1), dtype=np.float32)
     along_N = along_N1[:, 0]
 
+    in_torch = _in_torch(layer)
+
     def linear(x_NI: np.ndarray) -> np.ndarray:
+        if x_NI.dtype != np.float32 or x_NI.shape != shape:
+            return in_torch(x_NI)
         np.matmul(x_NI, weight_IO, out=y_NO)
         if bias_NO is not None:
             np.add(y_NO, bias_NO, out=y_NO)
@@ -120,7 +131,7 @@ def _linear(layer: PerturbedLinear) -> Stage:
 
 
 def _actions(policy: MlpPolicy) -> Stage:
-    if type(policy).actions is not MlpPolicy.actions:
+    if not _is_plain(policy, "actions"):
         return _in_torch(policy.actions)
     space = policy.action_space
     if isinstance(space, spaces.Discrete):

@@ -50,7 +50,7 @@ def check_whole(name: str, value: object, least: int) -> None:
 
 
 def _flat(values: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([value.detach().flatten() for value in values.values()]).double()
+    return torch.cat([value.detach().flatten() for value in values.values()])
 
 
 def _copy(value: Any) -> Any:
@@ -68,7 +68,10 @@ def _thread_pools() -> ThreadpoolController:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch and NumPy's BLAS on one thread: sums do not depend on the number of cores. Settings are put back."""
+    """Run torch and NumPy's BLAS on one thread: sums do not depend on the number of cores. Settings are put back.
+
+    The settings are the process's: not for several threads of the caller at once.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -99,7 +102,7 @@ class EvolutionStrategy:
     :param max_grad_norm: clip the gradient's global norm
     :param fitness_shaping: a name in :data:`eggroll_rl.fitness.FITNESS_SHAPING` or a function of fitness (N,)
     :param best_fraction: share of pairs that ``fitness_shaping="best_fraction"`` keeps
-    :param slice_size: members per slice (even); limits the memory of an update
+    :param slice_size: members per slice (even), for those who evaluate slice by slice
     :raises ConfigError: a setting is wrong
     :raises UnsupportedModuleError: a layer cannot be perturbed exactly
     """
@@ -248,7 +251,9 @@ class EvolutionStrategy:
             raise NonFiniteError(f"the update of generation {self.generation} is not finite: nothing was updated")
         clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-12))
         before = {name: parameter.clone() for name, parameter in self._parameters.items()}
+        was = _flat(before)
         # As a deepcopy of its state_dict() would, at half the cost.
+        groups_before = [{k: _copy(v) for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         state_before = {p: {k: _copy(v) for k, v in entry.items()} for p, entry in self.optimizer.state.items()}
         for name, parameter in self._parameters.items():
             # torch minimises, we maximise.
@@ -257,7 +262,7 @@ class EvolutionStrategy:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        was, now = (_flat(values) for values in (before, self._parameters))
+        now = _flat(self._parameters)
         changed = [now]
         for entry in self.optimizer.state.values():
             changed += [value for value in entry.values() if isinstance(value, Tensor)]
@@ -265,8 +270,12 @@ class EvolutionStrategy:
             self._set_parameters(before)
             self.optimizer.state.clear()
             self.optimizer.state.update(state_before)
+            for group, kept in zip(self.optimizer.param_groups, groups_before, strict=True):
+                for key in group.keys() - kept.keys() - {"params"}:
+                    del group[key]
+                group.update(kept)
             raise NonFiniteError(f"the step of generation {self.generation} is not finite: nothing was updated")
-        step, size = (now - was).norm().item(), was.norm().item()
+        step, size = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (now - was, was))
         return step / size if size > 0 else math.inf
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from eggroll_rl.errors import UnsupportedModuleError
 
-_NOISE_AT_ONCE = 2**18  # numbers per rank; bounds the memory of a gradient
+_NOISE_AT_ONCE = 2**18  # numbers; bounds the memory of a gradient
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,11 @@ class PerturbedLinear(nn.Module):
             self._a_NO = self._a_NRO[:, 0].contiguous()
             self._b_NI = self._b_NIR[:, :, 0].contiguous()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self._weight_IO.dtype
+
     def arrays(self) -> tuple[np.ndarray, np.ndarray | None, list[tuple[np.ndarray, np.ndarray]]]:
         """Return the weight (I, O), the members' biases (N, O) and per rank their a (N, O) and b (N, I); on the CPU.
 
@@ -173,14 +178,14 @@ class PerturbedLinear(nn.Module):
             (np.ascontiguousarray(self._a_NRO[:, r].numpy()), np.ascontiguousarray(self._b_NIR[:, :, r].numpy()))
             for r in range(self._b_NIR.shape[2])
         ]
-        bias_NO = None if self._bias_NO is None else np.ascontiguousarray(self._bias_NO.numpy())
-        return np.ascontiguousarray(self._weight_IO.numpy()), bias_NO, factors
+        bias_NO = None if self._bias_NO is None else self._bias_NO.numpy().copy()
+        return self._weight_IO.numpy().copy(order="C"), bias_NO, factors
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the layer for every member."""
         n_members, n_in, rank = self._b_NIR.shape
         if rank == 1 and x.dim() == 2 and len(x) == n_members:
-            # The inner loop of a rollout, one observation per member: three small kernels over the plain layer.
+            # One observation per member: three small kernels over the plain layer.
             y = (
                 torch.mm(x, self._weight_IO)
                 if self._bias_NO is None
@@ -270,7 +275,7 @@ class Population:
         elif not module._modules:
             return module
         elif type(module) is nn.Sequential and not any(_has_hooks(layer) for layer in (module, *module)):
-            converted = Chain(OrderedDict((name, self._convert(c, seen)) for name, c in module.named_children()))
+            converted = Chain(OrderedDict((name, self._convert(c, seen)) for name, c in module._modules.items() if c))
         else:
             converted = copy.copy(module)
             # copy.copy shares the dict of children with the original.
@@ -323,7 +328,8 @@ def estimate_gradient(module: nn.Module, noise: Noise, utilities: Tensor) -> dic
     gradient = {}
     for p in perturbed_parameters(module):
         total = torch.zeros_like(p.parameter, dtype=torch.float64)
-        block = max(1, _NOISE_AT_ONCE // sum(p.parameter.shape if p.factored else [p.parameter.numel()]))
+        size = noise.rank * sum(p.parameter.shape) if p.factored else p.parameter.numel()
+        block = max(1, _NOISE_AT_ONCE // size)
         for first in range(0, len(weights_P), block):
             w_P = weights_P[first : first + block].to(total.device)
             pairs = (first, len(w_P))

@@ -75,6 +75,7 @@ def load_generation(policy: MlpPolicy, generation: Generation) -> None:
     policy.load_state_dict({name: torch.from_numpy(array) for name, array in generation.state.items()})
 
 
+@torch.no_grad()
 def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorEnv) -> RolloutResult:
     """Evaluate the slice of members that starts at ``first``.
 

@@ -7,6 +7,7 @@ Such an env cannot be rebuilt in workers or seeded per episode, and resets by it
 from typing import Any, Self
 
 import numpy as np
+import torch
 from stable_baselines3.common.vec_env import VecEnv
 
 from eggroll_rl.actor import Actor
@@ -40,6 +41,7 @@ class VecEnvEvaluator:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @torch.no_grad()
     def _block(self, generation: Generation, first: int) -> RolloutResult:
         noise, n_episodes, n_envs = generation.noise, generation.n_eval_episodes, self._env.num_envs
         n_members = min(n_envs, noise.population_size - first)
@@ -52,12 +54,12 @@ class VecEnvEvaluator:
         moments = Moments.zeros(n_envs, self._policy.n_inputs)
         episode_N = np.where(np.arange(n_envs) < n_members, 0, n_episodes)
         steps = 0
+        padding = ((offset, rows - offset - n_envs),)
         obs: Any = self._env.reset()
-        padded = np.zeros((rows, *obs.shape[1:]), dtype=obs.dtype)
         while (episode_N < n_episodes).any():
             active_N = episode_N < n_episodes
-            padded[offset : offset + n_envs] = obs
-            encoded = actor.encode(padded)
+            # Rows beyond the envs repeat real observations: a policy may rely on what it is given.
+            encoded = actor.encode(np.pad(obs, padding + ((0, 0),) * (obs.ndim - 1), mode="edge"))
             moments.add(encoded[None, offset : offset + n_envs], active_N[None])
             obs, rewards, dones, _ = self._env.step(actor.act(encoded)[offset : offset + n_envs])
             steps += n_envs

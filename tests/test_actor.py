@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
 from eggroll_rl.actor import Actor
@@ -28,6 +28,25 @@ class Reversed(MlpPolicy):
         return -super().actions(outputs)
 
 
+class Double(MlpPolicy):
+    def features(self, encoded):
+        return encoded.double()
+
+
+class Encoded(MlpPolicy):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def encode(self, obs):
+        return super().encode(obs) * self.gain
+
+
+class Unclipped(MlpPolicy):
+    def actions(self, outputs):
+        return outputs
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -39,6 +58,31 @@ class Residual(nn.Module):
 
 def nested(policy):
     policy.network = nn.Sequential(nn.Tanh(), Residual(), nn.Sequential(nn.Linear(5, 4), nn.ELU()), nn.Linear(4, 3))
+    return policy
+
+
+def reshaped(policy):
+    layers = (nn.Unflatten(1, (5, 1)), nn.Linear(1, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3))
+    policy.network = nn.Sequential(*layers)
+    return policy
+
+
+def repeated(policy):
+    tanh = nn.Tanh()
+    policy.network = nn.Sequential(nn.Linear(5, 4), tanh, nn.Linear(4, 4), tanh, nn.Linear(4, 3))
+    return policy
+
+
+def hooked(policy):
+    policy.network = Residual()
+    policy.network.inner = nn.Linear(5, 5)
+    policy.network.register_forward_hook(lambda module, inputs, output: output[:, :3])
+    return policy
+
+
+def overridden(policy):
+    original = policy.features
+    policy.features = lambda encoded: original(encoded) + 1
     return policy
 
 
@@ -64,6 +108,13 @@ POLICIES = {
     "discrete observations": lambda: MlpPolicy(spaces.Discrete(5, start=2), BOX, [7], zero_last_layer=False),
     "own features": lambda: Amplified(OBS, BOX, [7], zero_last_layer=False),
     "own actions": lambda: Reversed(OBS, BOX, [7], zero_last_layer=False),
+    "own encode": lambda: Encoded(OBS, BOX, [7], zero_last_layer=False),
+    "outputs as they are": lambda: Unclipped(OBS, BOX, [7], zero_last_layer=False),
+    "set on the object": lambda: overridden(MlpPolicy(OBS, BOX, [7], zero_last_layer=False)),
+    "double precision": lambda: Double(OBS, BOX, [7], zero_last_layer=False).double(),
+    "another shape within": lambda: reshaped(MlpPolicy(OBS, BOX)),
+    "a layer used twice": lambda: repeated(MlpPolicy(OBS, BOX)),
+    "a hook": lambda: hooked(MlpPolicy(OBS, BOX)),
     "own network": lambda: nested(MlpPolicy(OBS, BOX)),
     "a frozen layer": lambda: frozen(MlpPolicy(OBS, BOX, [7], zero_last_layer=False)),
 }
@@ -119,12 +170,13 @@ def test_actions_are_clipped_to_the_bounds_and_nan_stays():
     assert (actions[1:] == BOX.low).any() and (actions[1:] == BOX.high).any()
 
 
-def test_earlier_actions_keep_their_values():
-    policy = MlpPolicy(OBS, BOX, [7], zero_last_layer=False)
+@pytest.mark.parametrize("name", POLICIES)
+def test_earlier_actions_keep_their_values(name):
+    policy = POLICIES[name]()
     actor = Actor(policy, Noise(1, 0, N, 0.5, 1, N), 0, N)
-    first = actor.act(observations(policy, 0))
+    first = actor.act(actor.encode(observations(policy, 0)))
     kept = first.copy()
-    actor.act(observations(policy, 1))
+    actor.act(actor.encode(observations(policy, 1)))
     assert np.array_equal(first, kept)
 
 
@@ -141,7 +193,18 @@ def test_numpy_computes_on_one_thread_there_and_on_all_afterwards():
     def threads():
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
-    before = threads()
-    with one_thread():
-        assert threads() == {1}
-    assert threads() == before
+    with threadpool_limits(2, "blas"):
+        assert threads() == {2}
+        with one_thread():
+            assert threads() == {1}
+        assert threads() == {2}
+
+
+def test_numpys_error_state_is_not_the_policys():
+    policy = MlpPolicy(OBS, BOX, [7], normalize_obs=False, zero_last_layer=False)
+    actor = Actor(policy, Noise(1, 0, N, 0.5, 1, N), 0, N)
+    obs = np.full((N, 5), 1e-42)
+    obs[0] = 1e300
+    with np.errstate(all="raise"):
+        actions = actor.act(obs)
+    assert np.isfinite(actions[1:]).all()

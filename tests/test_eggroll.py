@@ -24,7 +24,7 @@ from eggroll_rl.config import RunConfig
 from eggroll_rl.envs import load_preset
 from eggroll_rl.errors import ConfigError, EpisodeError
 from eggroll_rl.evaluation import evaluate, load_agent
-from eggroll_rl.policies import LinearPolicy
+from eggroll_rl.policies import LinearPolicy, MlpPolicy
 from eggroll_rl.training import train
 
 
@@ -351,6 +351,24 @@ def test_compatible_mode_replays_steps_in_strides_of_its_envs():
     assert all(b[0] - a[0] == 3 and a[1] == 3 for a, b in itertools.pairwise(seen[:-1]))
     assert seen[-1] == (model.num_timesteps, 3)
     assert len(model.ep_info_buffer) == 6
+
+
+def test_compatible_mode_shows_a_policy_what_the_envs_gave():
+    seen = []
+
+    class Looking(MlpPolicy):
+        def encode(self, obs):
+            seen.append(obs.clone())
+            return super().encode(obs)
+
+    class Typed(DummyVecEnv):
+        def reset(self):
+            return np.ones_like(super().reset(), dtype=np.int64)
+
+    settings = {"policy_kwargs": {"net_arch": [8]}, "population_size": 6, "slice_size": 2, "seed": 0}
+    EGGROLL(Looking, Typed([toy.make_target] * 3), **settings).learn(1)
+    assert not any((obs == 0).all(dim=1).any() for obs in seen)  # no rows of their own making
+    assert any((obs != obs.round()).any() for obs in seen)  # nor numbers cut to the type of a reset
 
 
 @pytest.mark.parametrize(("fault", "what"), [("nan_reward", "reward"), ("nan_obs", "observation")])

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -161,6 +162,33 @@ def test_an_optimizer_state_that_overflows_changes_nothing():
     with pytest.raises(NonFiniteError, match="step of generation 0"):
         es.tell([1e25, 0.0, 0.0, -1e25])  # finite, but its square is not in float32
     assert same(before, state(es))
+
+
+def test_an_optimizer_that_counts_in_its_groups_is_put_back_too():
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["k"] = group.get("k", 0) + 1
+                group["seen"] = group["lr"]
+            return super().step(closure)
+
+    def step_size(generation):
+        return 1e38 if generation == 1 else 0.1
+
+    es = EvolutionStrategy(nn.Linear(3, 2), 4, seed=0, learning_rate=step_size, optimizer=Counting)
+    es.ask()
+    es.tell([1.0, 0.0, 0.0, -1.0])
+    es.fitness_shaping = lambda fitness: fitness
+    es.ask()
+    before = copy.deepcopy(es.optimizer.param_groups)
+    with pytest.raises(NonFiniteError, match="step of generation 1"):
+        es.tell([1e6, 0.0, 0.0, -1e6])
+    after = es.optimizer.param_groups
+    assert [{k: v for k, v in g.items() if k != "params"} for g in after] == [
+        {k: v for k, v in g.items() if k != "params"} for g in before
+    ]
+    assert after[0]["k"] == 1 and after[0]["lr"] == 0.1
+    assert after[0]["params"][0] is es.module.weight
 
 
 def test_tell_needs_ask_and_the_right_shape():

@@ -160,6 +160,15 @@ def test_a_module_with_its_own_forward_works_and_is_left_as_it_was():
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
+def test_a_layer_that_stands_twice_in_a_sequential_is_applied_twice():
+    act, shared = nn.Tanh(), nn.Linear(5, 5)
+    module = nn.Sequential(shared, act, shared, act, nn.Linear(5, 2)).double()
+    population, x = Population(module, make_noise()), torch.randn(3, 5).double()
+    y = population.forward(x)
+    for member in range(8):
+        assert torch.allclose(y[member], dense(module, population, member, x), atol=1e-10)
+
+
 def test_parts_of_a_sequential_can_be_used_by_themselves():
     class Parts(nn.Module):
         def __init__(self):
