@@ -40,15 +40,11 @@ def mujoco_warnings_silenced() -> Iterator[None]:
     if mujoco.get_mju_user_warning() is not None:
         yield
         return
-    mujoco.set_mju_user_warning(_no_warning)
+    mujoco.set_mju_user_warning(lambda message: None)
     try:
         yield
     finally:
         mujoco.set_mju_user_warning(None)
-
-
-def _no_warning(message: str) -> None:
-    pass
 
 
 def _quietly(call: Callable[..., None], *args: Any) -> None:

@@ -208,6 +208,19 @@ def test_the_camera_is_as_configured():
     assert envs.render_mode == "rgb_array"
 
 
+@pytest.mark.parametrize("env_id", TASKS)
+def test_sub_envs_of_one_seed_start_and_go_on_as_gymnasiums(env_id):
+    ours = TASKS[env_id](4, autoreset_mode=AutoresetMode.DISABLED)
+    theirs = SyncVectorEnv([lambda: gym.make(env_id)] * 4, autoreset_mode=AutoresetMode.DISABLED)
+    for seeds in ([1, 2, 3, 4], [7, 7, 8, 7], [8, 8, None, 7]):
+        assert_same(ours.reset(seed=seeds)[0], theirs.reset(seed=seeds)[0], f"reset with {seeds}")
+        for _ in range(2):  # their generators stand where they would
+            assert_same(ours.reset()[0], theirs.reset()[0], f"reset after {seeds}")
+    mask = {"reset_mask": np.array([False, True, True, False])}
+    ours.reset(seed=[5, 5, 5, 5], options=mask), theirs.reset(seed=[5, 5, 5, 5], options=mask)
+    assert_same(ours.reset()[0], theirs.reset()[0], "reset after a mask")
+
+
 def test_misuse_is_named():
     envs = TASKS["Reacher-v5"](2)
     with pytest.raises(ResetNeeded):
