@@ -1,4 +1,4 @@
-"""``eggroll-rl``: train, evaluate, record and watch agents; list what there is; measure throughput."""
+"""``eggroll-rl``: train, evaluate, record, watch and compare agents; list what there is; measure throughput."""
 
 import json
 import sys
@@ -229,6 +229,71 @@ def list_() -> None:
         evaluation = results.get("evaluation")
         mean = evaluation.get("mean_return") if isinstance(evaluation, dict) else None
         click.echo(f"  {folder!s:<44} {mean if isinstance(mean, float) else float('nan'):>10.2f}")
+
+
+class _TakesLists(click.Command):
+    """Let ``--algos`` and ``--threshold`` take several words: everything up to the next option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words: list[str] = []
+        last = ""
+        for word in args:
+            follows = last in {"--algos", "--threshold"} and not word.startswith("--")
+            if follows and words[-1] != last:
+                words.append(last)
+            words.append(word)
+            last = last if follows else word
+        return super().parse_args(ctx, words)
+
+
+@cli.command(cls=_TakesLists)
+@click.argument("env")
+@click.option("--algos", multiple=True, required=True, metavar="NAME...", help="From the list above, or module:Class.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each: 0, 1, ...")
+@click.option("--seconds", type=float, help="Wall-clock per run, evaluations not counted.")
+@click.option("--timesteps", "-n", type=int, help="Env steps per run.")
+@click.option("--evaluations", type=int, default=18, show_default=True, help="Evaluations per run.")
+@click.option("--eval-episodes", type=int, default=10, show_default=True, help="Episodes per evaluation.")
+@click.option(
+    "--threshold", type=float, multiple=True, metavar="RETURN...", help="Returns to time, beside Gymnasium's."
+)
+@click.option("--torch-threads", type=int, default=1, show_default=True, help="Threads of torch, for everyone.")
+@click.option("--n-cores", type=int, help="Processes of algorithms that use several. [default: all cores]")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder. [default: agents/ENV]")
+@click.option("--overwrite", is_flag=True, help="Run again what was run with other settings, or with the same.")
+@_gym_packages
+def compare(
+    env: str,
+    algos: tuple[str, ...],
+    seeds: int,
+    threshold: tuple[float, ...],
+    n_cores: int | None,
+    output: Path | None,
+    overwrite: bool,
+    gym_packages: tuple[str, ...],
+    **budget: Any,
+) -> None:
+    """Compare algorithms on ENV: one task, one budget, one evaluation, several seeds.
+
+    Algorithms: eggroll, openes (ours at full rank), ppo, sac, td3, a2c, and of sb3-contrib ars, tqc, trpo. Their
+    settings come from the tables of the preset `envs/<ENV>.toml`. One run at a time; the same command goes on
+    after an interruption and uses finished runs again.
+    """
+    from eggroll_rl import compare as comparing
+    from eggroll_rl.compare_report import markdown, write_readme
+    from eggroll_rl.compare_run import Rules
+    from eggroll_rl.envs import load_preset
+    from eggroll_rl.workers import available_cores
+
+    rules = Rules(**budget, n_cores=n_cores or available_cores(), gym_packages=gym_packages)
+    ours = output is None
+    folder = output or default_folder(load_preset(env).get("env_id", env), 0).parent
+    command = " ".join(["eggroll-rl", *sys.argv[1:]])
+    result = comparing.compare(env, algos, seeds, rules, folder, threshold, overwrite, command)
+    click.echo(markdown(result))
+    click.echo(f"saved in {folder}: comparison.png, .csv, .json, .md; the runs in {folder / 'compare'}")
+    if ours and write_readme(folder.parent):
+        click.echo(f"{folder.parent / 'README.md'} is rebuilt")
 
 
 @cli.group()

@@ -29,15 +29,8 @@ EGGROLL_SETTINGS = tuple(
     for name in inspect.signature(EGGROLL.__init__).parameters
     if name not in _RESERVED and not name.startswith("_")
 )
-BASELINES = (
-    "ppo",
-    "sac",
-    "td3",
-    "a2c",
-    "ars",
-    "tqc",
-    "trpo",
-)  # tables that presets may hold for other algorithms
+# Tables that presets may hold for `eggroll-rl compare`, beside those of the user's own algorithms, "module:Class".
+COMPARED = ("comparison", "openes", "ppo", "sac", "td3", "a2c", "ars", "tqc", "trpo")
 
 
 @dataclass
@@ -80,7 +73,7 @@ class RunConfig:
         for name, kind in (("env_kwargs", dict), ("wrappers", list), ("eggroll", dict)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
-        _check_names(self.eggroll, EGGROLL_SETTINGS, "[eggroll]")
+        check_names(self.eggroll, EGGROLL_SETTINGS, "[eggroll]")
 
     @classmethod
     def from_dict(cls, table: dict[str, Any], source: str) -> "RunConfig":
@@ -88,8 +81,8 @@ class RunConfig:
 
         :raises ConfigError: a key is unknown (with the nearest name) or a value is wrong
         """
-        table = {name: value for name, value in table.items() if name not in BASELINES}
-        _check_names(table, [f.name for f in fields(cls)], source)
+        table = {name: value for name, value in table.items() if name not in COMPARED and ":" not in name}
+        check_names(table, [f.name for f in fields(cls)], source)
         if not isinstance(table.get("env_id"), str):
             raise ConfigError(f"{source}: env_id must be the id of a Gymnasium env, got {table.get('env_id')!r}")
         return cls(**table)
@@ -139,7 +132,11 @@ class RunConfig:
         return EGGROLL(policy, factory, seed=self.seed, n_workers=self.n_workers, **settings)
 
 
-def _check_names(table: Any, known: Any, where: str) -> None:
+def check_names(table: Any, known: Any, where: str) -> None:
+    """Refuse a name that is not known, with the nearest one.
+
+    :raises ConfigError: a name is unknown, or ``table`` is not a table
+    """
     if not isinstance(table, dict):
         raise ConfigError(f"{where} must be a table of settings, got {table!r}")
     for name in table:

@@ -218,12 +218,8 @@ class RunRecorder(GenerationCallback):
             "vector_env": self.factory.describe_vector(),
             "evaluation": final.as_dict(),
             "best": {"timesteps": about["timesteps"], **best.as_dict()},
-            "machine": {
-                "platform": platform.platform(),
-                "processor": _processor(),
-                "cores": available_cores(),
-            },
-            "versions": _versions(),
+            "machine": machine(),
+            "versions": versions(),
         }
         agents.write_json(self.folder / "results.json", results)
         return results
@@ -374,8 +370,14 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-def _versions() -> dict[str, str]:
-    packages = ("eggroll-rl", "torch", "numpy", "gymnasium", "mujoco", "stable-baselines3")
+def machine() -> dict[str, Any]:
+    """Return what results say of this machine."""
+    return {"platform": platform.platform(), "processor": _processor(), "cores": available_cores()}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide a result."""
+    packages = ("eggroll-rl", "torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "sb3-contrib")
     versions = {"python": platform.python_version()}
     for package in packages:
         try:

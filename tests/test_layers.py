@@ -10,9 +10,11 @@ LAYERS = [
     ["normalization", "policies", "actor"],
     ["registration", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
     ["serial_vector", "envs", "rollout"],
-    ["workers", "vec_env", "sb3_vec_env"],
+    ["workers", "vec_env", "sb3_vec_env", "sb3_export"],
     ["callbacks", "eggroll"],
-    ["agents", "config", "evaluation", "training", "videos", "bench_peers", "bench", "bench_forward", "bench_plot"],
+    ["agents", "config", "evaluation", "training", "videos"],
+    ["compare_algorithms", "compare_run", "compare_stats", "compare_report", "compare_plot", "compare"],
+    ["bench_peers", "bench", "bench_forward", "bench_plot"],
     ["cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

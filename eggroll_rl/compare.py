@@ -1,0 +1,151 @@
+"""Compare algorithms on one task: the same budget, cores and evaluation for everyone, one run at a time."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from eggroll_rl import agents
+from eggroll_rl.compare_algorithms import build, settings_of
+from eggroll_rl.compare_plot import plot_comparison
+from eggroll_rl.compare_report import Run, csv_rows, display_name, markdown, summarize
+from eggroll_rl.compare_run import Rules, read_config, same_run, write_config
+from eggroll_rl.config import RunConfig
+from eggroll_rl.envs import EnvFactory, check_time_limit, load_preset
+from eggroll_rl.errors import ConfigError, EggrollError, RunFolderError
+from eggroll_rl.es import check_whole
+
+_RUN_FILES = ("config.toml", "policy.safetensors", "model.zip", "vecnormalize.pkl", "evaluations.npz", "results.json")
+
+
+def compare(
+    env: str,
+    algos: Sequence[str],
+    n_seeds: int,
+    rules: Rules,
+    output: Path,
+    thresholds: Sequence[float] = (),
+    overwrite: bool = False,
+    command: str = "",
+) -> dict[str, Any]:
+    """Run every algorithm with seeds 0 to ``n_seeds`` - 1, and return what ``comparison.json`` holds.
+
+    Seed by seed, so that all algorithms of a seed run in one stretch of time. A finished run is used again, one
+    that was broken off starts again.
+
+    :param env: env id or preset file
+    :param output: folder for the pictures and tables; the runs lie in its ``compare/``
+    :param thresholds: returns to time beside the task's own ``reward_threshold``
+    :raises ConfigError: a setting of any algorithm is wrong; before the first run
+    :raises RunFolderError: a run of other settings is in the way
+    """
+    check_whole("n_seeds", n_seeds, 1)
+    preset = load_preset(env)
+    configs = [_config(preset, env, seed) for seed in range(n_seeds)]
+    factory = configs[0].factory(rules.gym_packages)
+    check_time_limit(factory())
+    if len(set(algos)) < len(algos) or not algos:
+        raise ConfigError(f"algos must be different algorithms, at least one, got {' '.join(algos) or 'none'}")
+    settings = {algo: settings_of(preset, algo) for algo in algos}
+    for algo in algos:
+        _try_out(algo, settings[algo], configs[0], factory, rules.n_cores)
+    plan = []
+    for config in configs:
+        for algo in algos:
+            folder = output / "compare" / f"{algo.replace(':', '-')}-seed{config.seed}"
+            if _state(folder, algo, settings[algo], config, rules, overwrite) != "finished":
+                plan.append((folder, algo, config))
+    _say(f"{len(algos) * n_seeds - len(plan)} runs are there, {len(plan)} to do", plan, rules)
+    for number, (folder, algo, config) in enumerate(plan, 1):
+        _clear(folder)
+        write_config(folder / "config.toml", algo, settings[algo], config, rules)
+        print(f"[{number}/{len(plan)}] {display_name(algo)}, seed {config.seed}", file=sys.stderr, flush=True)
+        _run(folder, rules)
+    runs = {
+        algo: [Run.read(output / "compare" / f"{algo.replace(':', '-')}-seed{c.seed}") for c in configs]
+        for algo in algos
+    }
+    comparison = summarize(configs[0].env_id, runs, rules, _thresholds(factory, thresholds), command)
+    agents.write_json(output / "comparison.json", comparison)
+    agents.write_csv(output / "comparison.csv", csv_rows(runs))
+    agents.write_atomic(output / "comparison.md", markdown(comparison).encode())
+    plot_comparison(comparison, output / "comparison.png")
+    return comparison
+
+
+def _config(preset: dict[str, Any], env: str, seed: int) -> RunConfig:
+    config = RunConfig.from_dict(preset, env)
+    config.seed = seed
+    return config
+
+
+def _try_out(algo: str, settings: dict[str, Any], config: RunConfig, factory: EnvFactory, n_cores: int) -> None:
+    """Build the algorithm once: a setting that it refuses must not show after hours."""
+    learner = build(algo, settings, RunConfig(config.env_id, config.env_kwargs, config.wrappers), factory, n_cores)
+    if learner.model.env is not None:
+        learner.model.env.close()
+
+
+def _state(folder: Path, algo: str, settings: dict[str, Any], config: RunConfig, rules: Rules, overwrite: bool) -> str:
+    """Say whether a run is "finished", or has "to do"; refuse what is in the way."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return "to do"
+    try:
+        read_config(folder / "config.toml")
+    except EggrollError as error:
+        raise RunFolderError(f"{folder} holds something else than a run of a comparison ({error})") from error
+    if overwrite or not (folder / "results.json").exists():
+        return "to do"
+    if not same_run(folder / "config.toml", algo, settings, config, rules):
+        raise RunFolderError(
+            f"{folder} was run with other settings (its config.toml): --overwrite replaces it, --output goes elsewhere"
+        )
+    return "finished"
+
+
+def _clear(folder: Path) -> None:
+    for name in _RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _run(folder: Path, rules: Rules) -> None:
+    """Do one run in a process of its own, whose threads are set before any library starts them."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(rules.torch_threads))
+    # The package is found wherever this one was, in a checkout too.
+    path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [sys.executable, "-m", "eggroll_rl.compare_run", str(folder)]
+    process = subprocess.Popen(words, env={**os.environ, **threads, "PYTHONPATH": path})
+    try:
+        status = process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        raise EggrollError(f"the run in {folder} failed (status {status}); its error is above, finished runs are kept")
+
+
+def _thresholds(factory: EnvFactory, given: Sequence[float]) -> dict[str, float]:
+    own = factory.source.reward_threshold if isinstance(factory.source, gym.envs.registration.EnvSpec) else None
+    thresholds = {} if own is None else {"Gymnasium's threshold": float(own)}
+    for value in given:
+        thresholds[f"yours: {value:g}" if len(given) > 1 else "yours"] = float(value)
+    return thresholds
+
+
+def _say(text: str, plan: list[Any], rules: Rules) -> None:
+    if plan and rules.seconds is not None:
+        # Building, evaluating and saving take about a fifth of the time.
+        minutes = len(plan) * rules.seconds * 1.2 / 60
+        text += (
+            f": up to {minutes:.0f} minutes, until {time.strftime('%H:%M', time.localtime(time.time() + 60 * minutes))}"
+        )
+    print(text, file=sys.stderr, flush=True)

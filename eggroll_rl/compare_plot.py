@@ -1,0 +1,106 @@
+"""``comparison.png``: return over env steps and over wall-clock, and the time to each threshold."""
+
+from pathlib import Path
+from typing import Any
+
+from eggroll_rl.compare_report import budget_in_words, display_name
+from eggroll_rl.errors import ConfigError
+
+# Okabe and Ito's colours, which colour-blind people tell apart; line styles and markers do it in print.
+_STYLES = [
+    ("#0072B2", "-", "o"),
+    ("#D55E00", "--", "s"),
+    ("#009E73", "-.", "^"),
+    ("#CC79A7", ":", "D"),
+    ("#E69F00", (0, (5, 1)), "v"),
+    ("#56B4E9", (0, (3, 1, 1, 1)), "P"),
+    ("#000000", (0, (1, 1)), "X"),
+    ("#999999", (0, (5, 5)), "*"),
+    ("#7B3294", (0, (3, 5, 1, 5)), "<"),
+    ("#8C510A", (0, (5, 2, 1, 2)), ">"),
+]
+
+
+def plot_comparison(comparison: dict[str, Any], path: Path) -> None:
+    """Draw what :func:`eggroll_rl.compare_report.summarize` returned.
+
+    :raises ConfigError: matplotlib is missing
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("a plot needs matplotlib: pip install 'eggroll-rl[compare]'") from error
+    thresholds = comparison["thresholds"]
+    figure = Figure(figsize=(13 if thresholds else 10, 4.8), layout="constrained")
+    panels = figure.subplots(1, 3 if thresholds else 2, width_ratios=[3, 3, 2] if thresholds else [1, 1])
+    n_seeds = {len(its["runs"]) for its in comparison["algorithms"].values()}
+    _draw_curves(panels[0], comparison, "timesteps")
+    _draw_curves(panels[1], comparison, "seconds")
+    panels[0].set_xlabel("env steps (log scale)")
+    panels[0].set_xscale("symlog", linthresh=10_000, linscale=0.3)
+    panels[0].set_ylabel("return of the deterministic policy")
+    panels[1].set_xlabel("wall-clock in seconds, evaluation not counted")
+    panels[1].sharey(panels[0])
+    if thresholds:
+        _draw_bars(panels[2], comparison)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False, fontsize=9)
+    seeds = f"{' or '.join(map(str, sorted(n_seeds)))} {'seed' if n_seeds == {1} else 'seeds'}"
+    figure.suptitle(
+        f"{comparison['env_id']}: {seeds} each, {budget_in_words(comparison['rules'])} per run on "
+        f"{comparison['machines'][0]['cores']} cores. Thick: interquartile mean; band: its 95 % bootstrap interval; "
+        "thin: seeds",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def _draw_curves(axes: Any, comparison: dict[str, Any], axis: str) -> None:
+    for (algo, its), (colour, line, marker) in zip(comparison["algorithms"].items(), _styles(), strict=False):
+        for run in its["runs"]:
+            means = [sum(returns) / len(returns) for returns in run["returns"]]
+            axes.plot(run[axis], means, color=colour, linewidth=0.6, alpha=0.45)
+        curve = its["curves"][axis]
+        axes.plot(
+            curve["x"], curve["iqm"], color=colour, linestyle=line, marker=marker, markersize=4,
+            markevery=max(len(curve["x"]) // 6, 1), linewidth=2, label=display_name(algo),
+        )  # fmt: skip
+        axes.fill_between(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
+    for source, threshold in comparison["thresholds"].items():
+        axes.axhline(threshold, color="black", linewidth=0.8, linestyle=(0, (2, 2)))
+        axes.annotate(
+            f"{threshold:,.0f} ({source})", (1, threshold), xycoords=("axes fraction", "data"), ha="right",
+            va="bottom", fontsize=8,
+        )  # fmt: skip
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_bars(axes: Any, comparison: dict[str, Any]) -> None:
+    rows, ticks, row = [], [], 0
+    for source in comparison["thresholds"]:
+        for (algo, its), (colour, _, marker) in zip(comparison["algorithms"].items(), _styles(), strict=False):
+            reached = its["to_threshold"][source]
+            times = [seconds for seconds in reached["seconds"] if seconds is not None]
+            said = f"{len(times)} of {len(reached['seconds'])}"
+            if reached["median_seconds"] is not None:
+                axes.barh(row, reached["median_seconds"], color=colour, height=0.6, alpha=0.55)
+                said = f"{reached['median_seconds']:.0f} s, {said}"
+            axes.plot(times, [row] * len(times), marker, color=colour, markeredgecolor="black", markersize=6)
+            end = max([*times, reached["median_seconds"] or 0.0])
+            rows.append((row, end, said))
+            ticks.append((row, f"{display_name(algo).partition(' (')[0]} to {reached['threshold']:,.0f}"))
+            row += 1
+        row += 1  # a gap between thresholds
+    longest = comparison["rules"].get("seconds") or max(end for _, end, _ in rows) or 1.0
+    for at, end, said in rows:
+        axes.annotate(f"  {said}", (end, at), va="center", fontsize=8)
+    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, longest * 1.35)
+    axes.set_xlabel("seconds to threshold: median (bar), seeds (dots)")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _styles() -> list[Any]:
+    return _STYLES * 3

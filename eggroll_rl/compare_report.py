@@ -1,0 +1,321 @@
+"""What a comparison says: ``comparison.json``, ``comparison.csv``, ``comparison.md`` and ``agents/README.md``."""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eggroll_rl import agents
+from eggroll_rl.compare_run import Rules
+from eggroll_rl.compare_stats import (
+    curve_interval,
+    first_reached,
+    improvement_interval,
+    in_words,
+    iqm,
+    iqm_interval,
+    median_reached,
+    on_grid,
+    probability_of_improvement,
+)
+
+NAMES = {"eggroll": "EGGROLL", "openes": "OpenES (ours at full rank)"}
+_AXES = ("seconds", "timesteps")
+_MARK = "<!-- Written by `eggroll-rl compare` from the results beside it: edit those, or the code. -->"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of a comparison.
+
+    :param results: its ``results.json``
+    :param evaluations: its curve, with lists of ``timesteps`` and ``seconds`` and of mean ``returns``
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Read a run folder."""
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        return cls(folder, results, agents.read_evaluations(folder / "evaluations.npz"))
+
+    def curve(self, axis: str) -> tuple[list[float], list[float]]:
+        """Return seconds or timesteps, and the mean return at each."""
+        return [e[axis] for e in self.evaluations], [statistics.fmean(e["returns"]) for e in self.evaluations]
+
+
+def display_name(algo: str) -> str:
+    """Return an algorithm's name for people."""
+    return NAMES.get(algo) or (algo.partition(":")[2] if ":" in algo else algo.upper())
+
+
+def summarize(
+    env_id: str, runs: dict[str, list[Run]], rules: Rules, thresholds: dict[str, float], command: str
+) -> dict[str, Any]:
+    """Return what ``comparison.json`` holds.
+
+    :param runs: of each algorithm, one per seed, in the order of the seeds
+    :param thresholds: by where each comes from
+    """
+    finals = {algo: [[run.curve("seconds")[1][-1]] for run in its] for algo, its in runs.items()}
+    everyone = [run for its in runs.values() for run in its]
+    return {
+        "env_id": env_id,
+        "command": command,
+        "rules": {name: value for name, value in asdict(rules).items() if value not in (None, ())},
+        "evaluation": "deterministic policy on Gymnasium's own env, "
+        f"reset seeds {rules.reset_seeds[0]} to {rules.reset_seeds[-1]}; its time is not counted",
+        "seeds": in_words(min(len(its) for its in runs.values())),
+        "thresholds": thresholds,
+        "algorithms": {algo: _algorithm(its, rules, thresholds) for algo, its in runs.items()},
+        "probability_of_improvement": {
+            a: {
+                b: {
+                    "probability": probability_of_improvement(finals[a], finals[b]),
+                    "interval": improvement_interval(finals[a], finals[b]),
+                }
+                for b in runs
+                if b != a
+            }
+            for a in runs
+        },
+        "machines": _distinct({k: v for k, v in run.results["machine"].items() if k != "speed"} for run in everyone),
+        "machine_speed": _spread([run.results["machine"]["speed"] for run in everyone]),
+        "versions": _distinct(run.results["versions"] for run in everyone),
+    }
+
+
+def _algorithm(runs: list[Run], rules: Rules, thresholds: dict[str, float]) -> dict[str, Any]:
+    finals = [run.curve("seconds")[1][-1] for run in runs]
+    first = runs[0].results
+    return {
+        "envs": first["envs"],
+        "settings": first["settings"],
+        "final": {
+            "iqm": float(iqm(finals)),
+            "interval": iqm_interval(np.array(finals)[:, None]),
+            "median": statistics.median(finals),
+        },
+        "steps_per_second": statistics.median(run.results["timesteps"] / run.results["seconds"] for run in runs),
+        "curves": {axis: _curve(runs, axis, rules.evaluations) for axis in _AXES},
+        "to_threshold": {
+            source: {
+                "threshold": threshold,
+                **{axis: [first_reached(*run.curve(axis), threshold) for run in runs] for axis in _AXES},
+                "success_rate": statistics.fmean(max(run.curve("seconds")[1]) >= threshold for run in runs),
+                **{
+                    f"median_{axis}": median_reached([first_reached(*run.curve(axis), threshold) for run in runs])
+                    for axis in _AXES
+                },
+            }
+            for source, threshold in thresholds.items()
+        },
+        "runs": [
+            {
+                "seed": run.results["seed"],
+                "folder": f"{run.folder.parent.name}/{run.folder.name}",
+                "machine_speed": run.results["machine"]["speed"],
+                "timesteps": [e["timesteps"] for e in run.evaluations],
+                "seconds": [e["seconds"] for e in run.evaluations],
+                "returns": [e["returns"] for e in run.evaluations],
+            }
+            for run in runs
+        ],
+    }
+
+
+def _curve(runs: list[Run], axis: str, points: int) -> dict[str, list[float]]:
+    """Interquartile mean and interval where every run has been evaluated: nothing is extrapolated."""
+    curves = [run.curve(axis) for run in runs]
+    grid_P = np.linspace(max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves), points + 1)
+    values_RP = np.array([on_grid(xs, returns, grid_P) for xs, returns in curves])
+    low, high = curve_interval(values_RP)
+    return {"x": grid_P.tolist(), "iqm": iqm(values_RP, axis=0).tolist(), "low": low.tolist(), "high": high.tolist()}
+
+
+def _distinct(values: Any) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def _spread(speeds: list[list[float]]) -> dict[str, float]:
+    """How fast one core was before and after the runs: how far seconds of one run are those of another."""
+    each = [speed for pair in speeds for speed in pair]
+    return {"lowest": min(each), "median": statistics.median(each), "highest": max(each)}
+
+
+def csv_rows(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
+    """Return ``comparison.csv``: a row per evaluation."""
+    return [
+        {
+            "algorithm": algo,
+            "seed": run.results["seed"],
+            "timesteps": e["timesteps"],
+            "seconds": e["seconds"],
+            "mean_return": statistics.fmean(e["returns"]),
+            "std_return": statistics.pstdev(e["returns"]),
+            "mean_length": statistics.fmean(e["lengths"]),
+        }
+        for algo, its in runs.items()
+        for run in its
+        for e in run.evaluations
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# For people
+
+
+def markdown(comparison: dict[str, Any]) -> str:
+    """Return the table and what must be known to read it."""
+    thresholds = comparison["thresholds"]
+    headings = ["algorithm", "final return: IQM [95 %]", "per seed", "env steps", "env steps/s"]
+    headings += [f"to {threshold:,.0f} ({source})" for source, threshold in thresholds.items()]
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for algo, its in comparison["algorithms"].items():
+        low, high = its["final"]["interval"]
+        finals = [statistics.fmean(run["returns"][-1]) for run in its["runs"]]
+        steps = statistics.median(run["timesteps"][-1] for run in its["runs"])
+        cells = [
+            display_name(algo),
+            f"{_whole(its['final']['iqm'])} [{_whole(low)}, {_whole(high)}]",
+            " · ".join(map(_whole, finals)),
+            _short(steps),
+            f"{its['steps_per_second']:,.0f}",
+            *(_reached(its["to_threshold"][source]) for source in thresholds),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _notes(comparison)]) + "\n"
+
+
+def _reached(to_threshold: dict[str, Any]) -> str:
+    seeds = len(to_threshold["seconds"])
+    successes = f"{round(to_threshold['success_rate'] * seeds)} of {seeds}"
+    if to_threshold["median_seconds"] is None:
+        return successes
+    steps = _short(to_threshold["median_timesteps"])
+    return f"{successes}, median {to_threshold['median_seconds']:.0f} s, {steps} steps"
+
+
+def _whole(value: float) -> str:
+    return f"{round(value):,}"  # without the minus of -0.4
+
+
+def _short(steps: float) -> str:
+    return f"{steps / 1e6:.2f}M" if steps >= 1e6 else f"{steps / 1e3:.0f}k"
+
+
+def budget_in_words(rules: dict[str, Any]) -> str:
+    """Say what each run may spend."""
+    parts = [f"{rules['seconds']:g} s"] if "seconds" in rules else []
+    parts += [f"{rules['timesteps']:,} env steps"] if "timesteps" in rules else []
+    return " or ".join(parts) + (", whichever comes first" if len(parts) > 1 else "")
+
+
+def _notes(comparison: dict[str, Any]) -> str:
+    rules, speed = comparison["rules"], comparison["machine_speed"]
+    machines = ", ".join(f"{m['processor']} ({m['cores']} cores)" for m in comparison["machines"])
+    used = "; ".join(f"{display_name(a)}: {its['envs']}" for a, its in comparison["algorithms"].items())
+    sources = "; ".join(
+        f"{display_name(a)}: {its['settings']['source']}"
+        for a, its in comparison["algorithms"].items()
+        if "source" in its["settings"]
+    )
+    text = (
+        f"`{comparison['command']}`: {budget_in_words(rules)} per run, one run at a time on {machines}, torch on "
+        f"{rules['torch_threads']} thread(s). {comparison['seeds'][:1].upper()}{comparison['seeds'][1:]}. "
+        f"Evaluation: {rules['eval_episodes']} episodes, {comparison['evaluation']}. One core did between "
+        f"{speed['lowest'] / speed['median']:.2f} and {speed['highest'] / speed['median']:.2f} of its median speed "
+        f"before and after the runs. Envs: {used}."
+    )
+    chances = ", ".join(
+        f"{display_name(b)} {p['probability']:.2f} [{p['interval'][0]:.2f}, {p['interval'][1]:.2f}]"
+        for b, p in comparison["probability_of_improvement"].get("eggroll", {}).items()
+    )
+    if chances:
+        text += f" Probability that a run of EGGROLL ends above one of: {chances}."
+    return text + (f" Settings: {sources}." if sources else "")
+
+
+def write_readme(root: Path) -> bool:
+    """Write ``README.md`` of the agents' folder from what lies in it; leave one that people wrote alone."""
+    path = root / "README.md"
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8"):
+        return False
+    parts = [
+        "# Trained agents",
+        _MARK,
+        "Each folder is one run: `eggroll-rl evaluate FOLDER` evaluates it again, `eggroll-rl record FOLDER` films it. "
+        "What was tried, and what did not work, is in [LOG.md](LOG.md).",
+    ]
+    comparisons = []
+    for path_ in sorted(root.glob("*/comparison.json")):
+        comparisons.append(json.loads(path_.read_text(encoding="utf-8")))
+        folder = path_.parent.name
+        parts += [f"## {comparisons[-1]['env_id']}, compared", f"![curves of {folder}]({folder}/comparison.png)"]
+        parts += [markdown(comparisons[-1]).rstrip()]
+    parts += _over_tasks(comparisons)
+    runs = agents.list_runs(root)
+    for env_id in sorted({results["env_id"] for _, results in runs}):
+        its = [(folder, results) for folder, results in runs if results["env_id"] == env_id]
+        parts += [f"## {env_id}, trained", _trained(its, root)]
+    agents.write_atomic(path, ("\n\n".join(parts) + "\n").encode())
+    return True
+
+
+def _trained(runs: list[tuple[Path, dict[str, Any]]], root: Path) -> str:
+    lines = [
+        "Return of the final mean policy and of the best by evaluation, ± the deviation over episodes whose seeds "
+        "neither training nor that choice saw.",
+        "",
+        "| agent | env steps | wall-clock | env steps/s | final policy | best by evaluation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for folder, results in runs:
+        final, best = results["evaluation"], results["best"]
+        lines.append(
+            f"| {folder.relative_to(root)} | {results['timesteps']:,} | {results['wall_seconds']:.0f} s "
+            f"| {results['env_steps_per_second'] or 0:,.0f} | {final['mean_return']:,.0f} ± {final['std_return']:,.0f} "
+            f"| {best['mean_return']:,.0f} ± {best['std_return']:,.0f} (at {best['timesteps']:,}) |"
+        )
+    median = statistics.median(results["evaluation"]["mean_return"] for _, results in runs)
+    processors = ", ".join(_distinct(f"{r['machine']['processor']} ({r['machine']['cores']} cores)" for _, r in runs))
+    lines += ["", f"Median of the final policies: {median:,.0f} over {in_words(len(runs))}. Machine: {processors}."]
+    return "\n".join(lines)
+
+
+def _over_tasks(comparisons: list[dict[str, Any]]) -> list[str]:
+    """Compare over all tasks by the probability of improvement, which needs no common scale of returns."""
+    with_ours = [c for c in comparisons if "eggroll" in c["algorithms"]]
+    if len(with_ours) < 2:
+        return []
+    lines = []
+    for algo in _distinct(algo for c in with_ours for algo in c["algorithms"]):
+        tasks = [c for c in with_ours if algo in c["algorithms"]]
+        n_runs = min(len(c["algorithms"][a]["runs"]) for c in tasks for a in ("eggroll", algo))
+        if algo == "eggroll" or len(tasks) < 2:
+            continue
+        ours, theirs = (
+            np.array([[np.mean(r["returns"][-1]) for r in c["algorithms"][a]["runs"][:n_runs]] for c in tasks]).T
+            for a in ("eggroll", algo)
+        )
+        low, high = improvement_interval(ours, theirs)
+        lines.append(
+            f"- {display_name(algo)}: {probability_of_improvement(ours, theirs):.2f} [{low:.2f}, {high:.2f}], "
+            f"{len(tasks)} tasks, {n_runs} seeds"
+        )
+    about = "Probability that a run of EGGROLL ends above a run of the other, averaged over the tasks compared below"
+    return [
+        "## Over all tasks",
+        f"{about.replace('below', 'above')} [95 %, bootstrap stratified by task]:",
+        "\n".join(lines),
+    ]
