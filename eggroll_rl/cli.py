@@ -1,6 +1,7 @@
 """``eggroll-rl``: train, evaluate, record, watch and compare agents; list what there is; measure throughput."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ def _takes_a_model(command: Any) -> Any:
     for option in reversed(_model_options):
         command = option(command)
     return click.argument("model", type=click.Path(path_type=Path))(command)
+
+
+def _takes_models(command: Any) -> Any:
+    for option in reversed(_model_options):
+        command = option(command)
+    return click.argument("models", metavar="MODEL...", type=click.Path(path_type=Path), nargs=-1, required=True)(
+        command
+    )
 
 
 def _load(model: Path, best: bool, **options: Any) -> Any:
@@ -176,22 +185,34 @@ def evaluate(model: Path, n_eval_episodes: int, seed: int, as_json: bool, **opti
 
 
 @cli.command()
-@_takes_a_model
+@_takes_models
 @click.option("--output", "-o", type=click.Path(path_type=Path), help=".mp4 or .gif. [default: videos/ENV-MODEL.mp4]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Reset seed of the episode.")
 @click.option("--plain", is_flag=True, help="No shadows and reflections: ten times faster without a GPU.")
-def record(model: Path, output: Path | None, seed: int, plain: bool, **options: Any) -> None:
-    """Record one episode of MODEL, a run folder or an SB3 .zip, as a video."""
-    from eggroll_rl.videos import record as run
+def record(models: tuple[Path, ...], output: Path | None, seed: int, plain: bool, **options: Any) -> None:
+    """Record one episode of each MODEL, a run folder or an SB3 .zip, as a video; several side by side."""
+    from eggroll_rl import videos
 
-    agent = _load(model, **options)
+    agents = [_load(model, **options) for model in models]
     if output is None:
-        output = Path("videos") / f"{model.resolve().parent.name}-{agent.name}.mp4"
-    video = run(agent, output, seed, plain, progress_bar=sys.stderr.isatty())
-    click.echo(
-        f"{video.path}: {video.frames} frames, {video.seconds:.1f} s at {video.fps:g} frames/s, "
-        f"return {video.episode_return:.2f}"
-    )
+        names = "-".join(agent.name for agent in agents)
+        output = Path("videos") / f"{task_folder(models[0]).name}-{names}.mp4"
+    bar = sys.stderr.isatty()
+    if len(agents) == 1:
+        recordings = [videos.record(agents[0], output, seed, plain, progress_bar=bar)]
+    else:
+        recordings = videos.record_side_by_side(agents, output, seed, plain, progress_bar=bar)
+    for agent, video in zip(agents, recordings, strict=True):
+        click.echo(
+            f"{video.path}: {agent.name}, {video.frames} frames, {video.seconds:.1f} s at {video.fps:g} frames/s, "
+            f"return {video.episode_return:.2f}"
+        )
+
+
+def task_folder(model: Path) -> Path:
+    """Return ``agents/<ENV>`` of a run folder in it or in its ``compare/``."""
+    parent = model.resolve().parent
+    return parent.parent if parent.name == "compare" else parent
 
 
 @cli.command()
@@ -238,7 +259,7 @@ class _TakesLists(click.Command):
         words: list[str] = []
         last = ""
         for word in args:
-            follows = last in {"--algos", "--threshold"} and not word.startswith("--")
+            follows = last in {"--algos", "--threshold"} and not re.match(r"-+[A-Za-z]", word)
             if follows and words[-1] != last:
                 words.append(last)
             words.append(word)
@@ -289,7 +310,11 @@ def compare(
     ours = output is None
     folder = output or default_folder(load_preset(env).get("env_id", env), 0).parent
     command = " ".join(["eggroll-rl", *sys.argv[1:]])
-    result = comparing.compare(env, algos, seeds, rules, folder, threshold, overwrite, command)
+    try:
+        result = comparing.compare(env, algos, seeds, rules, folder, threshold, overwrite, command)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on with what is left", err=True)
+        sys.exit(130)
     click.echo(markdown(result))
     click.echo(f"saved in {folder}: comparison.png, .csv, .json, .md; the runs in {folder / 'compare'}")
     if ours and write_readme(folder.parent):

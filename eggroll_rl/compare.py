@@ -120,15 +120,14 @@ def _run(folder: Path, rules: Rules) -> None:
     # The package is found wherever this one was, in a checkout too.
     path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     words = [sys.executable, "-m", "eggroll_rl.compare_run", str(folder)]
-    process = subprocess.Popen(words, env={**os.environ, **threads, "PYTHONPATH": path})
+    # In a session of its own: Ctrl-C comes to this process alone, which then ends the run.
+    process = subprocess.Popen(words, env={**os.environ, **threads, "PYTHONPATH": path}, start_new_session=True)
     try:
         status = process.wait()
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait()
-    if status == 130:
-        raise KeyboardInterrupt
     if status:
         raise EggrollError(f"the run in {folder} failed (status {status}); its error is above, finished runs are kept")
 

@@ -162,12 +162,16 @@ def _find(algo: str) -> type[BaseAlgorithm]:
 
 def _arguments(algo: str) -> dict[str, Any]:
     """Return the constructor's arguments that a preset may set, with their defaults where TOML can hold them."""
-    arguments = {}
-    for name, parameter in inspect.signature(_find(algo).__init__).parameters.items():
-        if name in _RUN_ARGUMENTS or name.startswith("_") or parameter.kind is parameter.VAR_KEYWORD:
-            continue
-        value = parameter.default
-        arguments[name] = value if isinstance(value, bool | int | float | str) else None
+    arguments: dict[str, Any] = {}
+    for base in _find(algo).__mro__:
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        for name, parameter in parameters.items():
+            if name in _RUN_ARGUMENTS or name.startswith("_") or parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            value = parameter.default
+            arguments.setdefault(name, value if isinstance(value, bool | int | float | str) else None)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break  # what is left over goes nowhere
     return arguments
 
 

@@ -1,9 +1,9 @@
-"""Recordings, in ``videos/`` by default: one whole episode at the env's own frame rate."""
+"""Recordings, in ``videos/`` by default: whole episodes at the env's own frame rate, one or several side by side."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
 from mujoco import mj_name2id, mjtGeom, mjtObj, mjtRndFlag
+from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from eggroll_rl.envs import EnvFactory, time_limit
@@ -51,29 +52,109 @@ def record(agent: Agent, output: Path, seed: int = 0, plain: bool = False, progr
     :raises ConfigError: another suffix
     :raises RenderError: nothing can render here; the text says what to install
     """
-    if output.suffix not in {".mp4", ".gif"}:
-        raise ConfigError(f"output must end in .mp4 or .gif, got {output}")
+    _check_output(output)
     choose_gl()
     env = _build(agent, "rgb_array", plain)
     try:
-        total = time_limit(env)
-        fps = float(env.metadata.get("render_fps") or 30)
-        output.parent.mkdir(parents=True, exist_ok=True)
+        total, fps = time_limit(env), _fps(env)
         episode = _Episode(env, agent, seed)
+        _write(output, fps, tqdm(episode, total=total and total + 1, desc="recording", disable=not progress_bar))
+    finally:
+        env.close()
+    return Recording(output, episode.frames, fps, episode.episode_return, episode.frames / fps)
+
+
+def record_side_by_side(
+    agents: Sequence[Agent], output: Path, seed: int = 0, plain: bool = False, progress_bar: bool = True
+) -> list[Recording]:
+    """Record the agents' episodes from reset seed ``seed`` as tiles of one video, with names and running returns.
+
+    An episode that has ended keeps its last frame, greyed, until the longest one ends.
+
+    :return: one recording per agent, all of them of the same file; ``frames`` are those of its own episode
+    :raises ConfigError: another suffix, or envs with different frame rates
+    :raises RenderError: as :func:`record`
+    """
+    _check_output(output)
+    choose_gl()
+    envs: list[gym.Env] = []
+    try:
+        for agent in agents:
+            envs.append(_build(agent, "rgb_array", plain))
+        rates = {_fps(env) for env in envs}
+        if len(rates) > 1:
+            raise ConfigError(f"side by side needs one frame rate, got {', '.join(map(str, sorted(rates)))}")
+        episodes = [_Episode(env, agent, seed) for env, agent in zip(envs, agents, strict=True)]
+        limits = [time_limit(env) for env in envs]
+        total = None if None in limits else max(limit or 0 for limit in limits) + 1
+        frames = _tiles([agent.name for agent in agents], episodes)
+        _write(output, rates.pop(), tqdm(frames, total=total, desc="recording", disable=not progress_bar))
+        fps = _fps(envs[0])
+    finally:
+        for env in envs:
+            env.close()
+    return [Recording(output, e.frames, fps, e.episode_return, e.frames / fps) for e in episodes]
+
+
+def _check_output(output: Path) -> None:
+    if output.suffix not in {".mp4", ".gif"}:
+        raise ConfigError(f"output must end in .mp4 or .gif, got {output}")
+
+
+def _fps(env: gym.Env) -> float:
+    return float(env.metadata.get("render_fps") or 30)
+
+
+def _write(output: Path, fps: float, frames: Iterable[np.ndarray]) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         # An unfinished video must not look like a finished one.
         temporary = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
         try:
             with _writer(temporary, fps) as writer:
-                for frame in tqdm(episode, total=total and total + 1, desc="recording", disable=not progress_bar):
+                for frame in frames:
                     writer.append_data(frame)
             os.replace(temporary, output)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise RunFolderError(f"cannot write {output}: {error}") from error
-    finally:
-        env.close()
-    return Recording(output, episode.frames, fps, episode.episode_return, episode.frames / fps)
+
+
+def _tiles(names: Sequence[str], episodes: Sequence["_Episode"]) -> Iterator[np.ndarray]:
+    """Yield the episodes' frames as one picture, up to three in a row and more in two or more rows."""
+    streams = [iter(episode) for episode in episodes]
+    last: list[Image.Image] = [Image.new("RGB", (2, 2)) for _ in episodes]
+    active = [True] * len(episodes)
+    columns = len(episodes) if len(episodes) <= 3 else -(-len(episodes) // 2) if len(episodes) <= 8 else 4
+    while True:
+        for i, stream in enumerate(streams):
+            frame = next(stream, None) if active[i] else None
+            if frame is not None:
+                last[i] = Image.fromarray(frame)
+            elif active[i]:
+                active[i] = False
+                last[i] = last[i].convert("L").convert("RGB")
+        if not any(active):
+            return
+        width, height = (max(image.size[axis] for image in last) for axis in (0, 1))
+        rows = -(-len(last) // columns)
+        canvas = Image.new("RGB", (width * columns, height * rows))
+        for i, (name, episode) in enumerate(zip(names, episodes, strict=True)):
+            x, y = width * (i % columns), height * (i // columns)
+            canvas.paste(last[i], (x, y))
+            ended = "" if active[i] else ", ended"
+            _caption(canvas, (x, y), width, f"{name}   {episode.episode_return:,.0f}{ended}")
+        yield _even(np.asarray(canvas))
+
+
+def _caption(canvas: Image.Image, corner: tuple[int, int], width: int, text: str) -> None:
+    """Write white on a dark bar over the top of a tile, as large as the tile's width allows."""
+    size = max(width // 22, 8)
+    draw = ImageDraw.Draw(canvas)
+    x, y = corner
+    draw.rectangle((x, y, x + width - 1, y + 2 * size), fill=(30, 30, 30))
+    draw.text((x + size, y + size), text, fill=(255, 255, 255), font=ImageFont.load_default(size), anchor="lm")
 
 
 def show(agent: Agent, seed: int = 0, episodes: int | None = None) -> Iterator[float]:

@@ -1,5 +1,6 @@
 import gc
 import warnings
+from dataclasses import replace
 
 import imageio.v2 as imageio
 import numpy as np
@@ -11,7 +12,7 @@ from eggroll_rl.errors import ConfigError, RenderError
 from eggroll_rl.evaluation import Agent, batched, evaluate
 from eggroll_rl.mujoco_tasks import TASKS
 from eggroll_rl.policies import MlpPolicy
-from eggroll_rl.videos import choose_gl, record
+from eggroll_rl.videos import choose_gl, record, record_side_by_side
 
 
 def agent(env_id, steps):
@@ -49,6 +50,33 @@ def test_a_video_is_the_whole_episode_at_the_envs_frame_rate(env_id, fps, plain,
         evaluate(subject.predict, subject.factory, [1, 2, 3]).returns[2], abs=1e-9
     )
     assert [path.name for path in video.path.parent.iterdir()] == ["video.mp4"]
+
+
+@pytest.mark.parametrize(("steps", "shape"), [((4, 8), (500, 1000)), ((6, 3, 4, 5), (1000, 1000))])
+def test_several_agents_side_by_side(steps, shape, tmp_path):
+    subjects = [replace(agent("Pendulum-v1", n), name=f"agent {n}") for n in steps]
+    videos = record_side_by_side(subjects, tmp_path / "tiles.mp4", seed=3, plain=True, progress_bar=False)
+    about, frames = look(tmp_path / "tiles.mp4")
+    assert frames[0].shape[:2] == shape and about["fps"] == 30
+    # As long as the longest episode; each agent's is the one that it has alone.
+    assert len(frames) == max(steps) + 1 and [video.frames for video in videos] == [n + 1 for n in steps]
+    for subject, video in zip(subjects, videos, strict=True):
+        assert video.episode_return == pytest.approx(evaluate(subject.predict, subject.factory, [3]).returns[0])
+    # An ended episode stands still, in grey; the longest moves to the end.
+    first, longest = (
+        np.s_[60:500, 500 * i : 500 * (i + 1)] for i in (steps.index(min(steps)) % 2, steps.index(max(steps)) % 2)
+    )
+    at_the_end = [frame[first].astype(int) for frame in frames[-2:]]
+    assert np.abs(at_the_end[0] - at_the_end[1]).max() < 60
+    assert np.abs(frames[-1][longest].astype(int) - frames[-3][longest]).max() > 100
+    # Captions: white on dark, and not the same for every tile.
+    bars = [frames[0][:44, 500 * i : 500 * (i + 1)].astype(int) for i in range(2)]
+    assert all(bar.min() < 60 and bar.max() > 200 for bar in bars) and np.abs(bars[0] - bars[1]).max() > 100
+
+
+def test_side_by_side_needs_one_frame_rate(tmp_path):
+    with pytest.raises(ConfigError, match=r"one frame rate, got 20\.0, 30\.0"):
+        record_side_by_side([agent("Pendulum-v1", 3), agent("HalfCheetah-v5", 3)], tmp_path / "a.mp4", plain=True)
 
 
 def test_gif_too(tmp_path):
