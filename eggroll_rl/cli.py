@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -281,7 +282,7 @@ class _TakesLists(click.Command):
 @click.option("--torch-threads", type=int, default=1, show_default=True, help="Threads of torch, for everyone.")
 @click.option("--n-cores", type=int, help="Processes of algorithms that use several. [default: all cores]")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder. [default: agents/ENV]")
-@click.option("--overwrite", is_flag=True, help="Run again what was run with other settings, or with the same.")
+@click.option("--overwrite", is_flag=True, help="Replace runs of other settings that are in the way.")
 @_gym_packages
 def compare(
     env: str,
@@ -309,7 +310,7 @@ def compare(
     rules = Rules(**budget, n_cores=n_cores or available_cores(), gym_packages=gym_packages)
     ours = output is None
     folder = output or default_folder(load_preset(env).get("env_id", env), 0).parent
-    command = " ".join(["eggroll-rl", *sys.argv[1:]])
+    command = shlex.join(["eggroll-rl", *sys.argv[1:]])
     try:
         result = comparing.compare(env, algos, seeds, rules, folder, threshold, overwrite, command)
     except KeyboardInterrupt:
@@ -317,8 +318,10 @@ def compare(
         sys.exit(130)
     click.echo(markdown(result))
     click.echo(f"saved in {folder}: comparison.png, .csv, .json, .md; the runs in {folder / 'compare'}")
-    if ours and write_readme(folder.parent):
-        click.echo(f"{folder.parent / 'README.md'} is rebuilt")
+    if ours:
+        rebuilt = write_readme(folder.parent)
+        said = "is rebuilt" if rebuilt else "is left alone: it was not written by this command"
+        click.echo(f"{folder.parent / 'README.md'} {said}")
 
 
 @cli.group()

@@ -1,26 +1,30 @@
 """Compare algorithms on one task: the same budget, cores and evaluation for everyone, one run at a time."""
 
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
 
 from eggroll_rl import agents
 from eggroll_rl.compare_algorithms import build, settings_of
-from eggroll_rl.compare_plot import plot_comparison
+from eggroll_rl.compare_plot import figure_class, plot_comparison
 from eggroll_rl.compare_report import Run, csv_rows, display_name, markdown, summarize
 from eggroll_rl.compare_run import Rules, read_config, same_run, write_config
+from eggroll_rl.compare_stats import iqm
 from eggroll_rl.config import RunConfig
 from eggroll_rl.envs import EnvFactory, check_time_limit, load_preset
 from eggroll_rl.errors import ConfigError, EggrollError, RunFolderError
 from eggroll_rl.es import check_whole
 
-_RUN_FILES = ("config.toml", "policy.safetensors", "model.zip", "vecnormalize.pkl", "evaluations.npz", "results.json")
+# In the order in which they may go: a folder without results is a run broken off, one without config.toml is nobody's.
+_RUN_FILES = ("results.json", "policy.safetensors", "model.zip", "vecnormalize.pkl", "evaluations.npz", "config.toml")
 
 
 def compare(
@@ -45,19 +49,24 @@ def compare(
     :raises RunFolderError: a run of other settings is in the way
     """
     check_whole("n_seeds", n_seeds, 1)
+    iqm([0.0]), figure_class()  # what is missing must not show after hours
+    algos = [algo if ":" in algo else algo.lower() for algo in algos]
     preset = load_preset(env)
     configs = [_config(preset, env, seed) for seed in range(n_seeds)]
     factory = configs[0].factory(rules.gym_packages)
-    check_time_limit(factory())
+    with closing(factory()) as env_:
+        check_time_limit(env_)
+        space = env_.observation_space
     if len(set(algos)) < len(algos) or not algos:
         raise ConfigError(f"algos must be different algorithms, at least one, got {' '.join(algos) or 'none'}")
-    settings = {algo: settings_of(preset, algo) for algo in algos}
+    settings = {algo: settings_of(preset, algo, space) for algo in algos}
+    named = _thresholds(configs[0], factory, thresholds)
     for algo in algos:
         _try_out(algo, settings[algo], configs[0], factory, rules.n_cores)
     plan = []
     for config in configs:
         for algo in algos:
-            folder = output / "compare" / f"{algo.replace(':', '-')}-seed{config.seed}"
+            folder = _folder(output, algo, config.seed)
             if _state(folder, algo, settings[algo], config, rules, overwrite) != "finished":
                 plan.append((folder, algo, config))
     _say(f"{len(algos) * n_seeds - len(plan)} runs are there, {len(plan)} to do", plan, rules)
@@ -66,16 +75,20 @@ def compare(
         write_config(folder / "config.toml", algo, settings[algo], config, rules)
         print(f"[{number}/{len(plan)}] {display_name(algo)}, seed {config.seed}", file=sys.stderr, flush=True)
         _run(folder, rules)
-    runs = {
-        algo: [Run.read(output / "compare" / f"{algo.replace(':', '-')}-seed{c.seed}") for c in configs]
-        for algo in algos
-    }
-    comparison = summarize(configs[0].env_id, runs, rules, _thresholds(factory, thresholds), command)
+    runs = {algo: [Run.read(_folder(output, algo, config.seed)) for config in configs] for algo in algos}
+    asked = {run.folder for its in runs.values() for run in its}
+    finished = sorted(path.parent for path in (output / "compare").glob("*/results.json"))
+    left_out = [folder.name for folder in finished if folder not in asked]
+    comparison = summarize(configs[0].env_id, runs, rules, named, command, left_out)
     agents.write_json(output / "comparison.json", comparison)
     agents.write_csv(output / "comparison.csv", csv_rows(runs))
     agents.write_atomic(output / "comparison.md", markdown(comparison).encode())
     plot_comparison(comparison, output / "comparison.png")
     return comparison
+
+
+def _folder(output: Path, algo: str, seed: int) -> Path:
+    return output / "compare" / f"{algo.replace(':', '-')}-seed{seed}"
 
 
 def _config(preset: dict[str, Any], env: str, seed: int) -> RunConfig:
@@ -99,7 +112,9 @@ def _state(folder: Path, algo: str, settings: dict[str, Any], config: RunConfig,
         read_config(folder / "config.toml")
     except EggrollError as error:
         raise RunFolderError(f"{folder} holds something else than a run of a comparison ({error})") from error
-    if overwrite or not (folder / "results.json").exists():
+    if not (folder / "results.json").exists():
+        return "to do"
+    if overwrite and not same_run(folder / "config.toml", algo, settings, config, rules):
         return "to do"
     if not same_run(folder / "config.toml", algo, settings, config, rules):
         raise RunFolderError(
@@ -132,8 +147,11 @@ def _run(folder: Path, rules: Rules) -> None:
         raise EggrollError(f"the run in {folder} failed (status {status}); its error is above, finished runs are kept")
 
 
-def _thresholds(factory: EnvFactory, given: Sequence[float]) -> dict[str, float]:
-    own = factory.source.reward_threshold if isinstance(factory.source, gym.envs.registration.EnvSpec) else None
+def _thresholds(config: RunConfig, factory: EnvFactory, given: Sequence[float]) -> dict[str, float]:
+    changed = config.env_kwargs or config.wrappers or config.max_episode_steps
+    own = factory.source.reward_threshold if isinstance(factory.source, EnvSpec) and not changed else None
+    if not all(math.isfinite(value) for value in given):
+        raise ConfigError(f"thresholds must be finite returns, got {' '.join(map(str, given))}")
     thresholds = {} if own is None else {"Gymnasium's threshold": float(own)}
     for value in given:
         thresholds[f"yours: {value:g}" if len(given) > 1 else "yours"] = float(value)

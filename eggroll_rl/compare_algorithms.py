@@ -1,12 +1,13 @@
 """The algorithms that ``eggroll-rl compare`` runs: EGGROLL, OpenES, SB3's, sb3-contrib's, and the user's own."""
 
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
@@ -20,6 +21,7 @@ from eggroll_rl.es import check_whole
 from eggroll_rl.evaluation import find_algorithm
 from eggroll_rl.policies import find_activation
 from eggroll_rl.sb3_vec_env import Sb3VecEnv
+from eggroll_rl.workers import count_workers
 
 EVOLUTION = ("eggroll", "openes")
 # Clamped to min(m, n) for each m x n matrix: every perturbation has full rank.
@@ -51,7 +53,7 @@ class Learner:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def settings_of(preset: dict[str, Any], algo: str) -> dict[str, Any]:
+def settings_of(preset: dict[str, Any], algo: str, observation_space: spaces.Space) -> dict[str, Any]:
     """Return the settings of an algorithm in a preset, or what is used without.
 
     ``openes`` is EGGROLL's table at full rank, with the table ``[openes]`` over it.
@@ -67,7 +69,11 @@ def settings_of(preset: dict[str, Any], algo: str) -> dict[str, Any]:
             settings = {**settings, "rank": _FULL_RANK, **own}
     else:
         known = [*_arguments(algo), *_OUR_ARGUMENTS]
-        settings = dict(own) if own else dict(_DEFAULTS.get(algo, {}))
+        settings = dict(own)
+        if not own:
+            settings = dict(_DEFAULTS.get(algo, {}))
+            if not isinstance(observation_space, spaces.Box):
+                settings.pop("normalize", None)  # VecNormalize takes no other
     check_names(settings, known, f"[{algo}]")
     return settings
 
@@ -85,10 +91,11 @@ def build(algo: str, settings: dict[str, Any], config: RunConfig, factory: EnvFa
     if algo in EVOLUTION:
         config.eggroll, config.n_workers = dict(settings), n_cores
         ours = config.model(factory)
+        workers = count_workers(n_cores, ours.population_size, ours.slice_size)
         config.resolve(ours)
         return Learner(
             ours,
-            f"{n_cores} workers, {factory.describe_vector()}",
+            f"{workers} worker processes, {factory.describe_vector()}",
             lambda steps, callback: ours.learn(steps, callback, log_interval=None),
             config.eggroll,
         )
@@ -110,16 +117,18 @@ def build(algo: str, settings: dict[str, Any], config: RunConfig, factory: EnvFa
                 raise ConfigError("noise_std needs continuous actions")
             arguments["action_noise"] = NormalActionNoise(np.zeros(shape), np.full(shape, settings["noise_std"]))
         policy = arguments.pop("policy", "MlpPolicy")
-        model: Any = _find(algo)(policy, envs, seed=config.seed, device="cpu", **_translated(arguments))
+        model: Any = find_algorithm(algo)(policy, envs, seed=config.seed, device="cpu", **_translated(arguments))
     except Exception as error:  # constructors of anybody's
         envs.close()
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"[{algo}] {settings}: {type(error).__name__}: {error}") from error
     learn: Callable[[int, Any], Any] = lambda steps, callback: model.learn(steps, callback, log_interval=None)  # noqa: E731
+    if hasattr(model.policy, "lstm_actor"):
+        raise ConfigError(f"[{algo}] has a recurrent policy, whose state an evaluation here would lose")
     if algo == "ars":
         described += f"; candidates on {n_cores} processes (AsyncEval)"
-        learn = _ars(model, factory, normalize, n_cores)
+        learn = _ars(model, factory, n_cores)
     return Learner(model, described, learn, {**_arguments(algo), **settings})
 
 
@@ -129,14 +138,21 @@ def _vector(factory: EnvFactory, n_envs: int) -> tuple[VecEnv, str]:
     return VecMonitor(DummyVecEnv([factory] * n_envs)), f"{n_envs} in DummyVecEnv"
 
 
-def _ars(model: Any, factory: EnvFactory, normalize: Any, n_cores: int) -> Callable[[int, Any], Any]:
+def _ars(model: Any, factory: EnvFactory, n_cores: int) -> Callable[[int, Any], Any]:
     from sb3_contrib.common.vec_env import AsyncEval
 
+    normalizer = model.get_vec_normalize_env()
+    if normalizer is not None and not normalizer.norm_obs:
+        raise ConfigError("[ars] normalize must normalize observations, or be false")
+    kwargs = None if normalizer is None else {name: getattr(normalizer, name) for name in ("clip_obs", "epsilon")}
+
     def env() -> VecEnv:
-        return VecNormalize(DummyVecEnv([factory]), norm_reward=False) if normalize else DummyVecEnv([factory])
+        torch.set_num_threads(1)  # one process per core already
+        envs = DummyVecEnv([factory])
+        return envs if kwargs is None else VecNormalize(envs, norm_reward=False, **kwargs)
 
     def learn(steps: int, callback: Any) -> None:
-        evaluators = AsyncEval([env] * n_cores, model.policy)
+        evaluators = AsyncEval([env] * n_cores, model.policy, n_eval_episodes=model.n_eval_episodes)
         evaluators.seed(model.seed)
         try:
             model.learn(steps, callback, log_interval=None, async_eval=evaluators)
@@ -146,25 +162,11 @@ def _ars(model: Any, factory: EnvFactory, normalize: Any, n_cores: int) -> Calla
     return learn
 
 
-def _find(algo: str) -> type[BaseAlgorithm]:
-    """Look up an algorithm by name, or ``module:Class``, which imports the module."""
-    module, _, name = algo.partition(":")
-    if not name:
-        return find_algorithm(algo)
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"algorithm {algo!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, BaseAlgorithm)):
-        raise ConfigError(f"algorithm {algo!r} is not a subclass of stable_baselines3's BaseAlgorithm")
-    return found
-
-
 def _arguments(algo: str) -> dict[str, Any]:
     """Return the constructor's arguments that a preset may set, with their defaults where TOML can hold them."""
     arguments: dict[str, Any] = {}
-    for base in _find(algo).__mro__:
-        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+    for base in find_algorithm(algo).__mro__:
+        parameters = inspect.signature(base.__init__).parameters
         for name, parameter in parameters.items():
             if name in _RUN_ARGUMENTS or name.startswith("_") or parameter.kind is parameter.VAR_KEYWORD:
                 continue

@@ -1,9 +1,11 @@
 """``comparison.png``: return over env steps and over wall-clock, and the time to each threshold."""
 
+import io
 from pathlib import Path
 from typing import Any
 
-from eggroll_rl.compare_report import budget_in_words, display_name
+from eggroll_rl import agents
+from eggroll_rl.compare_report import budget_in_words, display_name, number
 from eggroll_rl.errors import ConfigError
 
 # Okabe and Ito's colours, which colour-blind people tell apart; line styles and markers do it in print.
@@ -21,17 +23,25 @@ _STYLES = [
 ]
 
 
-def plot_comparison(comparison: dict[str, Any], path: Path) -> None:
-    """Draw what :func:`eggroll_rl.compare_report.summarize` returned.
+def figure_class() -> Any:
+    """Return matplotlib's ``Figure``.
 
     :raises ConfigError: matplotlib is missing
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("a plot needs matplotlib: pip install 'eggroll-rl[compare]'") from error
+        raise ConfigError("a comparison's picture needs matplotlib: pip install 'eggroll-rl[compare]'") from error
+    return Figure
+
+
+def plot_comparison(comparison: dict[str, Any], path: Path) -> None:
+    """Draw what :func:`eggroll_rl.compare_report.summarize` returned.
+
+    :raises ConfigError: matplotlib is missing
+    """
     thresholds = comparison["thresholds"]
-    figure = Figure(figsize=(13 if thresholds else 10, 4.8), layout="constrained")
+    figure = figure_class()(figsize=(13 if thresholds else 10, 4.8), layout="constrained")
     panels = figure.subplots(1, 3 if thresholds else 2, width_ratios=[3, 3, 2] if thresholds else [1, 1])
     n_seeds = {len(its["runs"]) for its in comparison["algorithms"].values()}
     _draw_curves(panels[0], comparison, "timesteps")
@@ -48,11 +58,13 @@ def plot_comparison(comparison: dict[str, Any], path: Path) -> None:
     seeds = f"{' or '.join(map(str, sorted(n_seeds)))} {'seed' if n_seeds == {1} else 'seeds'}"
     figure.suptitle(
         f"{comparison['env_id']}: {seeds} each, {budget_in_words(comparison['rules'])} per run on "
-        f"{comparison['machines'][0]['cores']} cores. Thick: interquartile mean; band: its 95 % bootstrap interval; "
+        f"{comparison['rules']['n_cores']} cores. Thick: interquartile mean; band: its 95 % bootstrap interval; "
         "thin: seeds",
         fontsize=10,
     )
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, metadata={"Software": None})
+    agents.write_atomic(path, picture.getvalue())
 
 
 def _draw_curves(axes: Any, comparison: dict[str, Any], axis: str) -> None:
@@ -69,7 +81,7 @@ def _draw_curves(axes: Any, comparison: dict[str, Any], axis: str) -> None:
     for source, threshold in comparison["thresholds"].items():
         axes.axhline(threshold, color="black", linewidth=0.8, linestyle=(0, (2, 2)))
         axes.annotate(
-            f"{threshold:,.0f} ({source})", (1, threshold), xycoords=("axes fraction", "data"), ha="right",
+            f"{number(threshold)} ({source})", (1, threshold), xycoords=("axes fraction", "data"), ha="right",
             va="bottom", fontsize=8,
         )  # fmt: skip
     axes.grid(alpha=0.25)
@@ -89,7 +101,7 @@ def _draw_bars(axes: Any, comparison: dict[str, Any]) -> None:
             axes.plot(times, [row] * len(times), marker, color=colour, markeredgecolor="black", markersize=6)
             end = max([*times, reached["median_seconds"] or 0.0])
             rows.append((row, end, said))
-            ticks.append((row, f"{display_name(algo).partition(' (')[0]} to {reached['threshold']:,.0f}"))
+            ticks.append((row, f"{display_name(algo).partition(' (')[0]} to {number(reached['threshold'])}"))
             row += 1
         row += 1  # a gap between thresholds
     longest = comparison["rules"].get("seconds") or max(end for _, end, _ in rows) or 1.0

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,20 @@ def display_name(algo: str) -> str:
 
 
 def summarize(
-    env_id: str, runs: dict[str, list[Run]], rules: Rules, thresholds: dict[str, float], command: str
+    env_id: str,
+    runs: dict[str, list[Run]],
+    rules: Rules,
+    thresholds: dict[str, float],
+    command: str,
+    left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return what ``comparison.json`` holds.
 
     :param runs: of each algorithm, one per seed, in the order of the seeds
     :param thresholds: by where each comes from
+    :param left_out: finished runs that were not asked for
     """
-    finals = {algo: [[run.curve("seconds")[1][-1]] for run in its] for algo, its in runs.items()}
+    finals = {algo: [[run.curve("seconds")[1][-1] for run in its]] for algo, its in runs.items()}  # of the one task
     everyone = [run for its in runs.values() for run in its]
     return {
         "env_id": env_id,
@@ -73,6 +80,7 @@ def summarize(
         f"reset seeds {rules.reset_seeds[0]} to {rules.reset_seeds[-1]}; its time is not counted",
         "seeds": in_words(min(len(its) for its in runs.values())),
         "thresholds": thresholds,
+        "left_out": list(left_out),
         "algorithms": {algo: _algorithm(its, rules, thresholds) for algo, its in runs.items()},
         "probability_of_improvement": {
             a: {
@@ -103,7 +111,7 @@ def _algorithm(runs: list[Run], rules: Rules, thresholds: dict[str, float]) -> d
             "median": statistics.median(finals),
         },
         "steps_per_second": statistics.median(run.results["timesteps"] / run.results["seconds"] for run in runs),
-        "curves": {axis: _curve(runs, axis, rules.evaluations) for axis in _AXES},
+        "curves": {axis: _curve(runs, axis, rules) for axis in _AXES},
         "to_threshold": {
             source: {
                 "threshold": threshold,
@@ -120,6 +128,7 @@ def _algorithm(runs: list[Run], rules: Rules, thresholds: dict[str, float]) -> d
             {
                 "seed": run.results["seed"],
                 "folder": f"{run.folder.parent.name}/{run.folder.name}",
+                "failed": run.results.get("failed"),
                 "machine_speed": run.results["machine"]["speed"],
                 "timesteps": [e["timesteps"] for e in run.evaluations],
                 "seconds": [e["seconds"] for e in run.evaluations],
@@ -130,10 +139,14 @@ def _algorithm(runs: list[Run], rules: Rules, thresholds: dict[str, float]) -> d
     }
 
 
-def _curve(runs: list[Run], axis: str, points: int) -> dict[str, list[float]]:
-    """Interquartile mean and interval where every run has been evaluated: nothing is extrapolated."""
+def _curve(runs: list[Run], axis: str, rules: Rules) -> dict[str, list[float]]:
+    """Interquartile mean and interval over the budget, or as far as all runs came in the other unit."""
     curves = [run.curve(axis) for run in runs]
-    grid_P = np.linspace(max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves), points + 1)
+    # A seed whose last update came early holds its policy until the budget's end.
+    end = getattr(rules, axis) or min(xs[-1] for xs, _ in curves)
+    if axis == "timesteps" and rules.seconds is not None:
+        end = min(end, *(xs[-1] for xs, _ in curves))
+    grid_P = np.linspace(0.0, end, rules.evaluations + 1)
     values_RP = np.array([on_grid(xs, returns, grid_P) for xs, returns in curves])
     low, high = curve_interval(values_RP)
     return {"x": grid_P.tolist(), "iqm": iqm(values_RP, axis=0).tolist(), "low": low.tolist(), "high": high.tolist()}
@@ -179,7 +192,7 @@ def markdown(comparison: dict[str, Any]) -> str:
     """Return the table and what must be known to read it."""
     thresholds = comparison["thresholds"]
     headings = ["algorithm", "final return: IQM [95 %]", "per seed", "env steps", "env steps/s"]
-    headings += [f"to {threshold:,.0f} ({source})" for source, threshold in thresholds.items()]
+    headings += [f"to {number(threshold)} ({source})" for source, threshold in thresholds.items()]
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for algo, its in comparison["algorithms"].items():
         low, high = its["final"]["interval"]
@@ -187,8 +200,8 @@ def markdown(comparison: dict[str, Any]) -> str:
         steps = statistics.median(run["timesteps"][-1] for run in its["runs"])
         cells = [
             display_name(algo),
-            f"{_whole(its['final']['iqm'])} [{_whole(low)}, {_whole(high)}]",
-            " · ".join(map(_whole, finals)),
+            f"{number(its['final']['iqm'])} [{number(low)}, {number(high)}]",
+            " · ".join(map(number, finals)),
             _short(steps),
             f"{its['steps_per_second']:,.0f}",
             *(_reached(its["to_threshold"][source]) for source in thresholds),
@@ -206,8 +219,9 @@ def _reached(to_threshold: dict[str, Any]) -> str:
     return f"{successes}, median {to_threshold['median_seconds']:.0f} s, {steps} steps"
 
 
-def _whole(value: float) -> str:
-    return f"{round(value):,}"  # without the minus of -0.4
+def number(value: float) -> str:
+    """Write a return: whole above 100, else to three digits."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
 def _short(steps: float) -> str:
@@ -223,7 +237,7 @@ def budget_in_words(rules: dict[str, Any]) -> str:
 
 def _notes(comparison: dict[str, Any]) -> str:
     rules, speed = comparison["rules"], comparison["machine_speed"]
-    machines = ", ".join(f"{m['processor']} ({m['cores']} cores)" for m in comparison["machines"])
+    machines = ", ".join(f"{m['processor']} ({rules['n_cores']} of {m['cores']} cores)" for m in comparison["machines"])
     used = "; ".join(f"{display_name(a)}: {its['envs']}" for a, its in comparison["algorithms"].items())
     sources = "; ".join(
         f"{display_name(a)}: {its['settings']['source']}"
@@ -243,7 +257,16 @@ def _notes(comparison: dict[str, Any]) -> str:
     )
     if chances:
         text += f" Probability that a run of EGGROLL ends above one of: {chances}."
-    return text + (f" Settings: {sources}." if sources else "")
+    failed = "; ".join(
+        f"{display_name(algo)} seed {run['seed']} after {run['seconds'][-1]:.0f} s ({run['failed']})"
+        for algo, its in comparison["algorithms"].items()
+        for run in its["runs"]
+        if run["failed"]
+    )
+    for what, said in (("Settings", sources), ("Failed", failed), ("Not asked for", ", ".join(comparison["left_out"]))):
+        if said:
+            text += f" {what}: {said}."
+    return text
 
 
 def write_readme(root: Path) -> bool:
@@ -254,8 +277,8 @@ def write_readme(root: Path) -> bool:
     parts = [
         "# Trained agents",
         _MARK,
-        "Each folder is one run: `eggroll-rl evaluate FOLDER` evaluates it again, `eggroll-rl record FOLDER` films it. "
-        "What was tried, and what did not work, is in [LOG.md](LOG.md).",
+        "Each folder is one run: `eggroll-rl evaluate FOLDER` evaluates it again, `eggroll-rl record FOLDER` films it."
+        + (" What was tried, and what did not work, is in [LOG.md](LOG.md)." if (root / "LOG.md").exists() else ""),
     ]
     comparisons = []
     for path_ in sorted(root.glob("*/comparison.json")):
@@ -264,7 +287,7 @@ def write_readme(root: Path) -> bool:
         parts += [f"## {comparisons[-1]['env_id']}, compared", f"![curves of {folder}]({folder}/comparison.png)"]
         parts += [markdown(comparisons[-1]).rstrip()]
     parts += _over_tasks(comparisons)
-    runs = agents.list_runs(root)
+    runs = [(folder, results) for folder, results in agents.list_runs(root) if "evaluation" in results]
     for env_id in sorted({results["env_id"] for _, results in runs}):
         its = [(folder, results) for folder, results in runs if results["env_id"] == env_id]
         parts += [f"## {env_id}, trained", _trained(its, root)]
@@ -301,21 +324,21 @@ def _over_tasks(comparisons: list[dict[str, Any]]) -> list[str]:
     lines = []
     for algo in _distinct(algo for c in with_ours for algo in c["algorithms"]):
         tasks = [c for c in with_ours if algo in c["algorithms"]]
-        n_runs = min(len(c["algorithms"][a]["runs"]) for c in tasks for a in ("eggroll", algo))
         if algo == "eggroll" or len(tasks) < 2:
             continue
         ours, theirs = (
-            np.array([[np.mean(r["returns"][-1]) for r in c["algorithms"][a]["runs"][:n_runs]] for c in tasks]).T
+            [[statistics.fmean(run["returns"][-1]) for run in c["algorithms"][a]["runs"]] for c in tasks]
             for a in ("eggroll", algo)
         )
+        n_runs = min(len(scores) for scores in (*ours, *theirs))
         low, high = improvement_interval(ours, theirs)
         lines.append(
             f"- {display_name(algo)}: {probability_of_improvement(ours, theirs):.2f} [{low:.2f}, {high:.2f}], "
-            f"{len(tasks)} tasks, {n_runs} seeds"
+            f"{len(tasks)} tasks, at least {n_runs} seeds each"
         )
-    about = "Probability that a run of EGGROLL ends above a run of the other, averaged over the tasks compared below"
+    about = "Probability that a run of EGGROLL ends above a run of the other, averaged over the tasks compared above"
     return [
         "## Over all tasks",
-        f"{about.replace('below', 'above')} [95 %, bootstrap stratified by task]:",
+        f"{about} [95 %, bootstrap stratified by task]:",
         "\n".join(lines),
     ]

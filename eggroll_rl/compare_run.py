@@ -2,13 +2,13 @@
 
 ``python -m eggroll_rl.compare_run FOLDER`` does what the folder's ``config.toml`` says and writes
 
-    policy.safetensors      final deterministic policy as one of ours (``eggroll-rl evaluate FOLDER``), or
-    model.zip               for a policy that cannot be exported, SB3's own file, with vecnormalize.pkl
+    policy.safetensors      deterministic policy of the budget's end, as one of ours: ``eggroll-rl evaluate FOLDER``
+    model.zip               instead, for one that cannot be exported: SB3's own file, with vecnormalize.pkl
     evaluations.npz         SB3's keys, with the training seconds beside them
     results.json            written last: a run without it never happened
 """
 
-import contextlib
+import copy
 import os
 import sys
 import time
@@ -22,12 +22,13 @@ import torch
 
 from eggroll_rl import agents
 from eggroll_rl.callbacks import GenerationCallback
-from eggroll_rl.compare_algorithms import Learner, build
+from eggroll_rl.compare_algorithms import EVOLUTION, Learner, build
 from eggroll_rl.config import RunConfig, check_names
 from eggroll_rl.envs import EnvFactory, read_toml
 from eggroll_rl.errors import ConfigError, EggrollError
 from eggroll_rl.es import check_positive, check_whole
-from eggroll_rl.evaluation import batched, evaluate
+from eggroll_rl.evaluation import batched, evaluate, find_algorithm
+from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.sb3_export import export_policy
 from eggroll_rl.training import SELECTION_SEED, machine, versions
 
@@ -40,7 +41,8 @@ class Rules:
 
     :param timesteps: budget in env steps, or None
     :param seconds: budget in seconds of wall-clock, or None; with both, a run ends with the first
-    :param evaluations: evaluations per run, at equal distances in each budget; one more before training
+    :param evaluations: points of the budget, at equal distances, at which the policy of that moment is evaluated;
+        one more before training
     :param eval_episodes: episodes per evaluation, on the same reset seeds for everyone
     :param torch_threads: threads of torch, in each process
     :param n_cores: worker processes of algorithms that have them
@@ -82,7 +84,7 @@ class Rules:
 
 def write_config(path: Path, algo: str, settings: dict[str, Any], config: RunConfig, rules: Rules) -> None:
     """Write what a run will do; the file is a preset, too."""
-    path.write_text(_toml(algo, settings, config, rules), encoding="utf-8")
+    agents.write_atomic(path, _toml(algo, settings, config, rules).encode())
 
 
 def same_run(path: Path, algo: str, settings: dict[str, Any], config: RunConfig, rules: Rules) -> bool:
@@ -106,27 +108,46 @@ def read_config(path: Path) -> tuple[str, dict[str, Any], RunConfig, Rules]:
         raise ConfigError(f"{path} is no run of a comparison: it has no [comparison] with algo")
     check_names(comparison, [field.name for field in fields(Rules)], f"{path} [comparison]")
     comparison["gym_packages"] = tuple(comparison.get("gym_packages", ()))
-    config = RunConfig.from_dict({n: v for n, v in table.items() if n != "openes"}, str(path))
-    return algo, table.get(algo, {}), config, Rules(**comparison)
+    settings = table.pop(algo, {})
+    return algo, settings, RunConfig.from_dict(table, str(path)), Rules(**comparison)
 
 
 class _Spent(Exception):
     """The budget is spent. Raised, because sb3-contrib's ARS goes on after a callback that says stop."""
 
 
-class _Recorder(GenerationCallback):
-    """Stops the clock for evaluations and the run at its budget's end.
+@dataclass(frozen=True)
+class _Held:
+    """The policy between two updates.
 
-    SB3's algorithms call it at each step, EGGROLL before each generation: both show the policy as it was when
-    the budget was reached, for on-policy algorithms and evolution the one of the last update.
+    :param policy: as one of ours, or SB3's own where it cannot be exported
+    :param obs_rms: the statistics that go with SB3's own
+    """
+
+    timesteps: int
+    seconds: float
+    policy: Any
+    predict: Any
+    obs_rms: Any = None
+
+
+class _Recorder(GenerationCallback):
+    """Evaluates at fixed points of the budget, with the clock stopped, and ends the run.
+
+    What counts at a point is the policy that one would have had by stopping there: the last complete update's. An
+    iteration of EGGROLL or ARS takes seconds, and what it learns belongs to the time after it. All algorithms pass
+    through ``on_rollout_start`` between two updates, SB3's off-policy ones at every ``train_freq``.
     """
 
     def __init__(self, name: str, factory: EnvFactory, rules: Rules, started: float):
         super().__init__()
         self.name, self.factory, self.rules = name, factory, rules
         self.evaluations: list[dict[str, Any]] = []
+        self.held: _Held | None = None
         self._started = started
         self._stopped = 0.0  # seconds that do not count
+        self._next = 0  # point
+        self._held_progress = 0.0
         self._parent = os.getppid()
 
     @property
@@ -137,53 +158,72 @@ class _Recorder(GenerationCallback):
     def _on_training_start(self) -> None:
         # Schedules follow the budget, in whichever unit it is.
         self.model._update_current_progress_remaining = self._update_progress  # type: ignore[method-assign]
-        self.evaluate()
+        self.between_updates()
 
     def _update_progress(self, num_timesteps: int, total_timesteps: int) -> None:
         spent = self.rules.progress(num_timesteps, self.seconds)
         self.model._current_progress_remaining = max(1.0 - spent, 0.0)
 
     def _on_rollout_start(self) -> None:
-        self._check()
+        self.between_updates()
 
-    def _on_step(self) -> bool:
-        self._check()
-        return True
-
-    def _check(self) -> None:
-        progress = self.rules.progress(self.model.num_timesteps, self.seconds)
-        # The k-th evaluation is due at k / evaluations; several points passed at once need only one.
-        if progress >= self._next:
-            self.evaluate()
-        if progress >= 1.0:
+    def between_updates(self) -> None:
+        """Evaluate the policy so far at the points that the last iteration passed, then hold the new one."""
+        began, seconds, steps = time.perf_counter(), self.seconds, self.model.num_timesteps
+        progress = self.rules.progress(steps, seconds)
+        if self.held is not None:
+            self._evaluate_points_before(progress)
+        if progress > 1.0:
+            self._stopped += time.perf_counter() - began
             raise _Spent
+        # A thousandth of the budget is near enough: off-policy algorithms come here at every step.
+        if self.held is None or progress - self._held_progress >= 0.001 or progress == 1.0:
+            self.held, self._held_progress = hold(self.model, steps, seconds), progress
+        self._stopped += time.perf_counter() - began
         if os.getppid() != self._parent:
             raise SystemExit(1)  # whoever started the comparison is gone
 
-    def evaluate(self) -> None:
-        """Evaluate the policy of this moment, with the clock stopped."""
-        began, seconds, steps = time.perf_counter(), self.seconds, self.model.num_timesteps
-        result = evaluate(deterministic(self.model), self.factory, self.rules.reset_seeds, plain=True)
-        self.evaluations.append(
-            {"timesteps": steps, "returns": result.returns, "lengths": result.lengths, "seconds": round(seconds, 3)}
-        )
-        n = self.rules.evaluations
-        self._next = (int(self.rules.progress(steps, seconds) * n + 1e-9) + 1) / n
-        print(f"  {self.name:<16} {seconds:7.1f} s {steps:>12,} steps   return {result.mean:10.2f} ± {result.std:.2f}",
-              file=sys.stderr, flush=True)  # fmt: skip
-        self._stopped += time.perf_counter() - began
+    def finish(self) -> None:
+        """Evaluate the last policy at the points that are left."""
+        self._evaluate_points_before(np.inf)
+
+    def _evaluate_points_before(self, progress: float) -> None:
+        while self._next <= self.rules.evaluations and self._next / self.rules.evaluations < progress:
+            self._next += 1
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        held = self.held
+        assert held is not None
+        if self.evaluations and self.evaluations[-1]["timesteps"] == held.timesteps:
+            return  # still the same policy
+        result = evaluate(held.predict, self.factory, self.rules.reset_seeds, plain=True)
+        about = {"timesteps": held.timesteps, "seconds": round(held.seconds, 3)}
+        self.evaluations.append({**about, "returns": result.returns, "lengths": result.lengths})
+        print(f"  {self.name:<16} {held.seconds:7.1f} s {held.timesteps:>12,} steps   "
+              f"return {result.mean:10.2f} ± {result.std:.2f}", file=sys.stderr, flush=True)  # fmt: skip
 
 
-def deterministic(model: Any) -> Any:
-    """Return the model's deterministic policy, from raw observations to actions."""
+def hold(model: Any, timesteps: int = 0, seconds: float = 0.0) -> _Held:
+    """Return a copy of the model's deterministic policy, which takes raw observations."""
     try:
         policy = export_policy(model)
     except ConfigError:
-        normalizer = model.get_vec_normalize_env()
-        if normalizer is None:
-            return batched(lambda obs: model.predict(obs, deterministic=True)[0])
-        return batched(lambda obs: model.predict(normalizer.normalize_obs(obs), deterministic=True)[0])
-    return batched(lambda obs: policy.predict(obs)[0])
+        pass
+    else:
+        if policy is model.policy:
+            policy = policy.replica()
+        return _Held(timesteps, seconds, policy, batched(lambda obs: policy.predict(obs)[0]))
+    own, normalizer = copy.deepcopy(model.policy), model.get_vec_normalize_env()
+    obs_rms = copy.deepcopy(getattr(normalizer, "obs_rms", None))
+
+    def predict(obs: np.ndarray) -> np.ndarray:
+        if normalizer is not None and normalizer.norm_obs:
+            now, normalizer.obs_rms = normalizer.obs_rms, obs_rms
+            obs, normalizer.obs_rms = normalizer.normalize_obs(obs), now
+        return own.predict(obs, deterministic=True)[0]
+
+    return _Held(timesteps, seconds, own, batched(predict), obs_rms)
 
 
 def run(folder: Path) -> None:
@@ -195,16 +235,30 @@ def run(folder: Path) -> None:
     torch.set_num_threads(rules.torch_threads)
     factory = config.factory(rules.gym_packages)
     speed = [machine_speed()]
+    _import_everything(algo)
     started = time.perf_counter()
     learner = build(algo, settings, config, factory, rules.n_cores)
     recorder = _Recorder(f"{algo} seed {config.seed}", factory, rules, started)
-    with contextlib.suppress(_Spent):
+    failed = None
+    try:
         learner.learn(rules.timesteps or _FOREVER, recorder)
-    if recorder.evaluations[-1]["timesteps"] < learner.model.num_timesteps:
-        recorder.evaluate()
+        recorder.between_updates()
+    except _Spent:
+        pass
+    except Exception as error:  # an algorithm that fails has a result, too: what it had until then
+        if not recorder.evaluations:
+            raise
+        failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        print(f"  failed: {failed}", file=sys.stderr)
+    seconds = recorder.seconds
+    try:
+        recorder.finish()
+    except EggrollError as error:  # its last policy cannot be evaluated
+        failed = failed or " ".join(str(error).split())[:300]
+    held = recorder.held
     speed.append(machine_speed())
     agents.write_evaluations(folder / "evaluations.npz", recorder.evaluations)
-    _save_policy(folder, learner, config)
+    _save_policy(folder, learner, held, config)
     last = recorder.evaluations[-1]
     agents.write_json(
         folder / "results.json",
@@ -214,6 +268,8 @@ def run(folder: Path) -> None:
             "seed": config.seed,
             "timesteps": last["timesteps"],
             "seconds": last["seconds"],
+            "stopped_after": round(seconds, 3),
+            "failed": failed,
             "mean_return": float(np.mean(last["returns"])),
             "std_return": float(np.std(last["returns"])),
             "envs": learner.envs,
@@ -226,18 +282,26 @@ def run(folder: Path) -> None:
         learner.model.env.close()
 
 
-def _save_policy(folder: Path, learner: Learner, config: RunConfig) -> None:
-    try:
-        policy = export_policy(learner.model)
-    except ConfigError:
-        learner.model.__dict__.pop("_update_current_progress_remaining", None)
-        learner.model.save(folder / "model.zip")
-        normalizer = learner.model.get_vec_normalize_env()
-        if normalizer is not None:
-            normalizer.save(str(folder / "vecnormalize.pkl"))
-    else:
-        about = {"env_id": config.env_id, "seed": config.seed, "timesteps": learner.model.num_timesteps}
-        agents.save_policy(folder / "policy.safetensors", policy, about)
+def _import_everything(algo: str) -> None:
+    """Import before the clock starts: the first optimizer of a process loads torch's compiler, for one."""
+    if algo not in EVOLUTION:
+        find_algorithm(algo)
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+
+
+def _save_policy(folder: Path, learner: Learner, held: Any, config: RunConfig) -> None:
+    if isinstance(held.policy, MlpPolicy):
+        about = {"env_id": config.env_id, "seed": config.seed, "timesteps": held.timesteps}
+        agents.save_policy(folder / "policy.safetensors", held.policy, about)
+        return
+    model = learner.model
+    model.policy.load_state_dict(held.policy.state_dict())
+    model.__dict__.pop("_update_current_progress_remaining", None)  # the recorder's
+    model.save(folder / "model.zip")
+    normalizer = model.get_vec_normalize_env()
+    if normalizer is not None:
+        normalizer.obs_rms = held.obs_rms
+        normalizer.save(str(folder / "vecnormalize.pkl"))
 
 
 def machine_speed(seconds: float = 0.5) -> float:

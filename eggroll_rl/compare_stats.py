@@ -50,29 +50,40 @@ def curve_interval(scores_RP: Any, confidence: float = 0.95, seed: int = 0) -> t
     return low, high
 
 
-def probability_of_improvement(x_RT: Any, y_RT: Any) -> float:
+def probability_of_improvement(x_T: Sequence[Any], y_T: Sequence[Any]) -> float:
     """Return the probability that a run of X scores higher than one of Y, ties counted half, averaged over tasks.
 
-    The Mann-Whitney statistic divided by the number of pairs.
+    Within a task it is the Mann-Whitney statistic divided by the number of pairs.
+
+    :param x_T: scores of X's runs (R,), for each task; R may differ between tasks, and from Y's
     """
-    x_RT, y_RT = np.asarray(x_RT, dtype=np.float64), np.asarray(y_RT, dtype=np.float64)
-    difference = x_RT[:, None] - y_RT[None]
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean(axis=(0, 1)).mean())
+    chances = []
+    for x_R, y_R in zip(x_T, y_T, strict=True):
+        difference = np.asarray(x_R, dtype=np.float64)[:, None] - np.asarray(y_R, dtype=np.float64)[None]
+        chances.append(((difference > 0) + 0.5 * (difference == 0)).mean())
+    return float(np.mean(chances))
 
 
-def improvement_interval(x_RT: Any, y_RT: Any, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Return the percentile interval of :func:`probability_of_improvement` by stratified bootstrap of both."""
+def improvement_interval(
+    x_T: Sequence[Any], y_T: Sequence[Any], confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile interval of :func:`probability_of_improvement`, both sides' runs drawn for each task."""
     rng = np.random.default_rng(seed)
     drawn = []
-    for scores_RT in (np.asarray(x_RT, dtype=np.float64), np.asarray(y_RT, dtype=np.float64)):
-        drawn.append(np.take_along_axis(scores_RT[None], resample(rng, *scores_RT.shape), axis=1))
-    return _percentiles([probability_of_improvement(x, y) for x, y in zip(*drawn, strict=True)], confidence)
+    for scores_T in (x_T, y_T):
+        each = [np.asarray(scores_R, dtype=np.float64) for scores_R in scores_T]
+        drawn.append([scores_R[resample(rng, len(scores_R))[:, :, 0]] for scores_R in each])
+    chances = []
+    for repetition in range(_REPETITIONS):
+        x, y = ([scores_BR[repetition] for scores_BR in side] for side in drawn)
+        chances.append(probability_of_improvement(x, y))
+    return _percentiles(chances, confidence)
 
 
 def first_reached(xs: Sequence[float], returns: Sequence[float], threshold: float) -> float | None:
     """Return the first x (seconds or env steps) whose evaluation is at least the threshold, or None.
 
-    Between evaluations nothing is known: the crossing is reported where it was seen, never earlier.
+    Between evaluations nothing is known: it is when the first policy that was seen above was complete, never earlier.
     """
     return next((x for x, value in zip(xs, returns, strict=True) if value >= threshold), None)
 
@@ -84,13 +95,9 @@ def median_reached(values: Sequence[float | None]) -> float | None:
 
 
 def on_grid(xs: Sequence[float], returns: Sequence[float], grid_P: np.ndarray) -> np.ndarray:
-    """Return a run's curve (P,) at common points, linear between its evaluations.
-
-    :raises ValueError: the grid reaches beyond the run's evaluations
-    """
-    if grid_P.min() < xs[0] or grid_P.max() > xs[-1]:
-        raise ValueError(f"the grid {grid_P.min()} to {grid_P.max()} reaches beyond the run's {xs[0]} to {xs[-1]}")
-    return np.interp(grid_P, xs, returns)
+    """Return a run's curve (P,) at common points: at each, the policy of the last evaluation up to there."""
+    last_P = np.searchsorted(np.asarray(xs), np.asarray(grid_P), side="right") - 1
+    return np.asarray(returns, dtype=np.float64)[np.maximum(last_P, 0)]
 
 
 def in_words(n_runs: int) -> str:

@@ -30,7 +30,9 @@ EGGROLL_SETTINGS = tuple(
     if name not in _RESERVED and not name.startswith("_")
 )
 # Tables that presets may hold for `eggroll-rl compare`, beside those of the user's own algorithms, "module:Class".
-COMPARED = ("comparison", "openes", "ppo", "sac", "td3", "a2c", "ars", "tqc", "trpo")
+COMPARED = (
+    "comparison", "openes", "ppo", "a2c", "sac", "td3", "ddpg", "dqn", "ars", "trpo", "tqc", "crossq", "qrdqn",
+)  # fmt: skip
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """Evaluate and load trained agents: our run folders, and what SB3's ``save`` wrote."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,10 @@ def load_agent(
     :raises ConsentError: an SB3 model without consent
     """
     if path.suffix == ".zip":
-        return _load_sb3(path, env_id, algo, trust_pickle, vec_normalize, gym_packages)
+        if env_id is None:
+            raise ConfigError(f"{path} is an SB3 model, which does not name its env: give --env and --algo")
+        factory = env_factory(env_id) if ":" in env_id else RunConfig(env_id).factory(gym_packages)
+        return _load_sb3(path, factory, algo, trust_pickle, vec_normalize)
     if not path.is_dir():
         raise RunFolderError(f"{path} is not there: give a run folder (`eggroll-rl list` shows them) or an SB3 .zip")
     if not (path / "config.toml").exists():
@@ -147,6 +151,9 @@ def load_agent(
     config = RunConfig.from_dict(read_toml(path / "config.toml"), str(path / "config.toml"))
     if env_id is not None:
         config.env_id = env_id
+    if (path / "model.zip").exists():  # a comparison's run whose policy cannot be one of ours
+        agent = _load_sb3(path / "model.zip", config.factory(gym_packages), algo, trust_pickle, vec_normalize)
+        return replace(agent, name=path.name)
     policy = load_policy(path / f"{which}.safetensors")
     factory = config.factory(gym_packages)
     with closing(factory()) as env:
@@ -158,17 +165,12 @@ def load_agent(
 
 
 def _load_sb3(
-    path: Path,
-    env_id: str | None,
-    algo: str | None,
-    trust_pickle: bool,
-    vec_normalize: Path | None,
-    packages: tuple[str, ...],
+    path: Path, factory: EnvFactory, algo: str | None, trust_pickle: bool, vec_normalize: Path | None
 ) -> Agent:
     if not path.exists():
         raise RunFolderError(f"{path} does not exist")
-    if env_id is None or algo is None:
-        raise ConfigError(f"{path} is an SB3 model, which does not name its env or algorithm: give --env and --algo")
+    if algo is None:
+        raise ConfigError(f"{path} is an SB3 model, which does not name its algorithm: give --algo")
     algorithm = find_algorithm(algo)
     if not trust_pickle:
         raise ConsentError(
@@ -177,7 +179,6 @@ def _load_sb3(
         )
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-    factory = env_factory(env_id) if ":" in env_id else RunConfig(env_id).factory(packages)
     with closing(factory()) as env:
         check_time_limit(env)
     try:
@@ -199,11 +200,24 @@ def _load_sb3(
 
 
 def find_algorithm(name: str) -> Any:
-    """Look up an SB3 or sb3-contrib algorithm by name, in any case."""
+    """Look up an SB3 or sb3-contrib algorithm by name, in any case, or ``module:Class``, which imports the module.
+
+    :raises ConfigError: there is none
+    """
     import stable_baselines3
+    from stable_baselines3.common.base_class import BaseAlgorithm
 
     from eggroll_rl.eggroll import EGGROLL
 
+    module, _, class_name = name.partition(":")
+    if class_name:
+        try:
+            found = getattr(importlib.import_module(module), class_name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"algorithm {name!r} cannot be imported: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, BaseAlgorithm)):
+            raise ConfigError(f"algorithm {name!r} is not a subclass of stable_baselines3's BaseAlgorithm")
+        return found
     known: dict[str, Any] = {"eggroll": EGGROLL}
     for algorithm in ("A2C", "DDPG", "DQN", "PPO", "SAC", "TD3"):
         known[algorithm.lower()] = getattr(stable_baselines3, algorithm)

@@ -5,15 +5,21 @@ from typing import Any
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecNormalize
-from stable_baselines3.sac.policies import SACPolicy
-from stable_baselines3.td3.policies import TD3Policy
 from torch import nn
 
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.policies import ACTIVATIONS, MlpPolicy
+
+_KINDS = {
+    "stable_baselines3.common.policies.ActorCriticPolicy": "actor-critic",
+    "stable_baselines3.sac.policies.SACPolicy": "soft actor",
+    "sb3_contrib.tqc.policies.TQCPolicy": "soft actor",
+    "stable_baselines3.td3.policies.TD3Policy": "actor",
+    "sb3_contrib.ars.policies.ARSPolicy": "action net",
+    "sb3_contrib.ars.policies.ARSLinearPolicy": "action net",
+}
 
 
 def export_policy(model: BaseAlgorithm) -> MlpPolicy:
@@ -65,13 +71,15 @@ def export_policy(model: BaseAlgorithm) -> MlpPolicy:
 
 def _actor(policy: Any) -> tuple[list[nn.Module], bool]:
     """Return the layers from the flat observation to the action, without a closing tanh, and whether there is one."""
-    if isinstance(policy, ActorCriticPolicy):
+    # By exact type: a subclass may compute anything.
+    kind = _KINDS.get(f"{type(policy).__module__}.{type(policy).__name__}")
+    if kind == "actor-critic":
         return [*policy.mlp_extractor.policy_net, policy.action_net], policy.squash_output
-    if isinstance(policy, SACPolicy) or hasattr(getattr(policy, "actor", None), "latent_pi"):  # and sb3-contrib's TQC
+    if kind == "soft actor":
         return [*policy.actor.latent_pi, policy.actor.mu], True
-    if isinstance(policy, TD3Policy):
+    if kind == "actor":
         return [*policy.actor.mu][:-1], True
-    if isinstance(getattr(policy, "action_net", None), nn.Sequential):  # sb3-contrib's ARS
+    if kind == "action net":
         layers = [*policy.action_net]
         return (layers[:-1], True) if policy.squash_output else (layers, False)
     raise ConfigError(f"{type(policy).__name__} is none of the policies that can be exported")

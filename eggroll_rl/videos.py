@@ -144,8 +144,12 @@ def _tiles(names: Sequence[str], episodes: Sequence["_Episode"]) -> Iterator[np.
             x, y = width * (i % columns), height * (i // columns)
             canvas.paste(last[i], (x, y))
             ended = "" if active[i] else ", ended"
-            _caption(canvas, (x, y), width, f"{name}   {episode.episode_return:,.0f}{ended}")
+            _caption(canvas, (x, y), width, f"{name}   {_number(episode.episode_return)}{ended}")
         yield _even(np.asarray(canvas))
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.1f}"
 
 
 def _caption(canvas: Image.Image, corner: tuple[int, int], width: int, text: str) -> None:

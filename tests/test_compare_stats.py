@@ -30,26 +30,24 @@ def test_rliables_published_cases():
     x = [[1, 2], [2, 2], [1, 1], [2, 1]]
     y = [[1, 1], [2, 2], [3, 3]]
     assert iqm(x) == 1.5 and iqm(y) == 2
-    assert probability_of_improvement(x, y) == pytest.approx(1 / 3)
+    assert probability_of_improvement(np.transpose(x), np.transpose(y)) == pytest.approx(1 / 3)
 
 
 def test_probability_of_improvement_by_hand():
     # 1 beats 0; 3 beats 0 and 2; 2 would tie.
-    assert probability_of_improvement([[1], [3]], [[0], [2]]) == 3 / 4
+    assert probability_of_improvement([[1, 3]], [[0, 2]]) == 3 / 4
     assert probability_of_improvement([[2]], [[2]]) == 0.5
-    # The mean over tasks of 1 and 1/4.
-    assert probability_of_improvement([[5, 0], [6, 1]], [[1, 0.5], [2, 7]]) == (1 + 1 / 4) / 2
-    # Unequal numbers of runs.
-    assert probability_of_improvement([[1], [2], [3]], [[2]]) == pytest.approx(0.5)
+    # The mean over tasks of 1 and 1/4, with unequal numbers of runs.
+    assert probability_of_improvement([[5, 6, 7], [0, 1]], [[1], [0.5, 7]]) == (1 + 1 / 4) / 2
 
 
 def test_it_is_the_mann_whitney_statistic():
     from scipy.stats import mannwhitneyu
 
     rng = np.random.default_rng(0)
-    x, y = rng.integers(5, size=(7, 1)), rng.integers(6, size=(4, 1))
-    expected = mannwhitneyu(x[:, 0], y[:, 0]).statistic / 28
-    assert probability_of_improvement(x, y) == pytest.approx(expected)
+    x, y = rng.integers(5, size=7), rng.integers(6, size=4)
+    expected = mannwhitneyu(x, y).statistic / 28
+    assert probability_of_improvement([x], [y]) == pytest.approx(expected)
 
 
 def test_the_bootstrap_draws_runs_within_each_task():
@@ -96,8 +94,8 @@ def test_a_curves_interval_is_that_of_each_point():
 
 
 def test_improvement_interval():
-    assert improvement_interval([[5], [6], [7]], [[1], [2], [3]]) == (1.0, 1.0)
-    low, high = improvement_interval([[1], [3], [5]], [[2], [4], [0]])
+    assert improvement_interval([[5, 6, 7], [1, 2]], [[1, 2, 3], [0]]) == (1.0, 1.0)
+    low, high = improvement_interval([[1, 3, 5]], [[2, 4, 0]])
     assert 0 <= low < 0.66 < high <= 1
 
 
@@ -110,10 +108,9 @@ def test_time_to_threshold_is_where_it_was_seen():
     assert median_reached([20, None]) is None  # between a time and never
 
 
-def test_a_grid_is_never_beyond_the_curve():
-    np.testing.assert_allclose(on_grid([0, 10, 30], [0, 100, 0], np.array([5.0, 20.0])), [50, 50])
-    with pytest.raises(ValueError, match="reaches beyond"):
-        on_grid([0, 10], [0, 1], np.array([5.0, 11.0]))
+def test_at_each_point_counts_the_last_policy_up_to_there():
+    grid = np.array([0.0, 9.9, 10.0, 29.0, 30.0, 99.0])
+    np.testing.assert_array_equal(on_grid([1, 10, 30], [5, 100, 7], grid), [5, 5, 100, 100, 7, 7])
 
 
 def test_few_seeds_are_said_to_be_few():

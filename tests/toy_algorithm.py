@@ -12,3 +12,12 @@ class Mine(A2C):
 
 
 NOT_ONE = 3
+
+
+class Failing(A2C):
+    """A2C that breaks down after 100 env steps."""
+
+    def train(self):
+        super().train()
+        if self.num_timesteps > 100:
+            raise ArithmeticError("out of numbers")
