@@ -49,36 +49,32 @@ def compare(
     :raises RunFolderError: a run of other settings is in the way
     """
     check_whole("n_seeds", n_seeds, 1)
-    iqm([0.0]), figure_class()  # what is missing must not show after hours
     algos = [algo if ":" in algo else algo.lower() for algo in algos]
+    if len(set(algos)) < len(algos) or not algos:
+        raise ConfigError(f"algos must be different algorithms, at least one, got {' '.join(algos) or 'none'}")
+    iqm([0.0]), figure_class()  # what is missing must not show after hours
     preset = load_preset(env)
     configs = [_config(preset, env, seed) for seed in range(n_seeds)]
     factory = configs[0].factory(rules.gym_packages)
-    with closing(factory()) as env_:
-        check_time_limit(env_)
-        space = env_.observation_space
-    if len(set(algos)) < len(algos) or not algos:
-        raise ConfigError(f"algos must be different algorithms, at least one, got {' '.join(algos) or 'none'}")
-    settings = {algo: settings_of(preset, algo, space) for algo in algos}
+    with closing(factory()) as probe:
+        check_time_limit(probe)
+        settings = {algo: settings_of(preset, algo, probe.observation_space) for algo in algos}
     named = _thresholds(configs[0], factory, thresholds)
     for algo in algos:
-        _try_out(algo, settings[algo], configs[0], factory, rules.n_cores)
-    plan = []
-    for config in configs:
-        for algo in algos:
-            folder = _folder(output, algo, config.seed)
-            if _state(folder, algo, settings[algo], config, rules, overwrite) != "finished":
-                plan.append((folder, algo, config))
-    _say(f"{len(algos) * n_seeds - len(plan)} runs are there, {len(plan)} to do", plan, rules)
-    for number, (folder, algo, config) in enumerate(plan, 1):
+        _try_out(algo, settings[algo], _config(preset, env, 0), factory, rules.n_cores)
+
+    entries = [(_folder(output, algo, config.seed), algo, config) for config in configs for algo in algos]
+    todo = [entry for entry in entries if not _finished(*entry, settings[entry[1]], rules, overwrite)]
+    _announce(len(entries), len(todo), rules)
+    for number, (folder, algo, config) in enumerate(todo, 1):
         _clear(folder)
         write_config(folder / "config.toml", algo, settings[algo], config, rules)
-        print(f"[{number}/{len(plan)}] {display_name(algo)}, seed {config.seed}", file=sys.stderr, flush=True)
+        print(f"[{number}/{len(todo)}] {display_name(algo)}, seed {config.seed}", file=sys.stderr, flush=True)
         _run(folder, rules)
-    runs = {algo: [Run.read(_folder(output, algo, config.seed)) for config in configs] for algo in algos}
-    asked = {run.folder for its in runs.values() for run in its}
-    finished = sorted(path.parent for path in (output / "compare").glob("*/results.json"))
-    left_out = [folder.name for folder in finished if folder not in asked]
+
+    runs = {algo: [Run.read(folder) for folder, its, _ in entries if its == algo] for algo in algos}
+    there = {path.parent for path in (output / "compare").glob("*/results.json")}
+    left_out = sorted(folder.name for folder in there - {folder for folder, _, _ in entries})
     comparison = summarize(configs[0].env_id, runs, rules, named, command, left_out)
     agents.write_json(output / "comparison.json", comparison)
     agents.write_csv(output / "comparison.csv", csv_rows(runs))
@@ -99,28 +95,30 @@ def _config(preset: dict[str, Any], env: str, seed: int) -> RunConfig:
 
 def _try_out(algo: str, settings: dict[str, Any], config: RunConfig, factory: EnvFactory, n_cores: int) -> None:
     """Build the algorithm once: a setting that it refuses must not show after hours."""
-    learner = build(algo, settings, RunConfig(config.env_id, config.env_kwargs, config.wrappers), factory, n_cores)
+    learner = build(algo, settings, config, factory, n_cores)
     if learner.model.env is not None:
         learner.model.env.close()
 
 
-def _state(folder: Path, algo: str, settings: dict[str, Any], config: RunConfig, rules: Rules, overwrite: bool) -> str:
-    """Say whether a run is "finished", or has "to do"; refuse what is in the way."""
+def _finished(
+    folder: Path, algo: str, config: RunConfig, settings: dict[str, Any], rules: Rules, overwrite: bool
+) -> bool:
+    """Say whether a run is there; refuse what is in its way."""
     if not folder.exists() or not any(folder.iterdir()):
-        return "to do"
+        return False
     try:
         read_config(folder / "config.toml")
     except EggrollError as error:
         raise RunFolderError(f"{folder} holds something else than a run of a comparison ({error})") from error
     if not (folder / "results.json").exists():
-        return "to do"
-    if overwrite and not same_run(folder / "config.toml", algo, settings, config, rules):
-        return "to do"
-    if not same_run(folder / "config.toml", algo, settings, config, rules):
-        raise RunFolderError(
-            f"{folder} was run with other settings (its config.toml): --overwrite replaces it, --output goes elsewhere"
-        )
-    return "finished"
+        return False
+    if same_run(folder / "config.toml", algo, settings, config, rules):
+        return True
+    if overwrite:
+        return False
+    raise RunFolderError(
+        f"{folder} was run with other settings (its config.toml): --overwrite replaces it, --output goes elsewhere"
+    )
 
 
 def _clear(folder: Path) -> None:
@@ -158,11 +156,12 @@ def _thresholds(config: RunConfig, factory: EnvFactory, given: Sequence[float]) 
     return thresholds
 
 
-def _say(text: str, plan: list[Any], rules: Rules) -> None:
-    if plan and rules.seconds is not None:
+def _announce(n_runs: int, n_to_do: int, rules: Rules) -> None:
+    text = f"{n_runs - n_to_do} runs are there, {n_to_do} to do"
+    if n_to_do and rules.seconds is not None:
         # Building, evaluating and saving take about a fifth of the time.
-        minutes = len(plan) * rules.seconds * 1.2 / 60
+        seconds = n_to_do * rules.seconds * 1.2
         text += (
-            f": up to {minutes:.0f} minutes, until {time.strftime('%H:%M', time.localtime(time.time() + 60 * minutes))}"
+            f": about {seconds / 60:.0f} minutes, until {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
         )
     print(text, file=sys.stderr, flush=True)
