@@ -83,7 +83,7 @@ def build(algo: str, settings: dict[str, Any], config: RunConfig, factory: EnvFa
 
     Beside the constructor's arguments, SB3's algorithms take ``n_envs``, ``normalize`` (true, or VecNormalize's
     arguments), ``noise_std`` (normal action noise) and ``source`` (where the figures come from). Several envs are
-    our vector env where the task has one. ARS evaluates its candidates on ``n_cores`` processes.
+    our vector env where the task has one, on ``n_cores`` threads. ARS evaluates its candidates on as many processes.
 
     :param config: gives the seed, and for EGGROLL the env
     :raises ConfigError: a setting is refused
@@ -102,7 +102,7 @@ def build(algo: str, settings: dict[str, Any], config: RunConfig, factory: EnvFa
     arguments = {name: value for name, value in settings.items() if name not in _OUR_ARGUMENTS}
     n_envs = settings.get("n_envs", 1)
     check_whole("n_envs", n_envs, 1)
-    envs, described = _vector(factory, n_envs)
+    envs, described = _vector(factory, n_envs, n_cores)
     try:
         normalize = settings.get("normalize", False)
         if normalize:
@@ -132,9 +132,10 @@ def build(algo: str, settings: dict[str, Any], config: RunConfig, factory: EnvFa
     return Learner(model, described, learn, {**_arguments(algo), **settings})
 
 
-def _vector(factory: EnvFactory, n_envs: int) -> tuple[VecEnv, str]:
+def _vector(factory: EnvFactory, n_envs: int, n_cores: int) -> tuple[VecEnv, str]:
     if n_envs > 1 and factory.describe_vector() == "MujocoVectorEnv":
-        return VecMonitor(Sb3VecEnv(factory.vector(n_envs, AutoresetMode.SAME_STEP))), f"{n_envs} in MujocoVectorEnv"
+        envs = Sb3VecEnv(factory.vector(n_envs, AutoresetMode.SAME_STEP, n_cores))
+        return VecMonitor(envs), f"{n_envs} in MujocoVectorEnv on {n_cores} threads"
     return VecMonitor(DummyVecEnv([factory] * n_envs)), f"{n_envs} in DummyVecEnv"
 
 

@@ -80,8 +80,12 @@ class EnvFactory:
                 raise ConfigError(f"wrapper {wrapper.__name__} refuses {wrapper_kwargs}: {_one_line(error)}") from error
         return env if self.episode_cap is None else TimeLimit(env, self.episode_cap)
 
-    def vector(self, num_envs: int, autoreset_mode: AutoresetMode = AutoresetMode.DISABLED) -> VectorEnv:
+    def vector(
+        self, num_envs: int, autoreset_mode: AutoresetMode = AutoresetMode.DISABLED, num_threads: int = 1
+    ) -> VectorEnv:
         """Make ``num_envs`` of them as one vector env, on ``mujoco.batch`` where the task qualifies.
+
+        :param num_threads: of ``mujoco.batch``
 
         :raises ConfigError: the env refuses its arguments, or has no vector env that resets by itself
         """
@@ -95,7 +99,7 @@ class EnvFactory:
         limit = min((limit for limit in limits if limit is not None), default=None)
         kwargs = {**self.source.kwargs, **self.kwargs}
         try:
-            return task(num_envs, limit, autoreset_mode, **kwargs)
+            return task(num_envs, limit, autoreset_mode, num_threads, **kwargs)
         except Exception as error:  # a constructor of anybody's
             what = f"{type(error).__name__}: {_one_line(error)}"
             raise ConfigError(f"cannot make {self.source.id} with {kwargs}: {what}") from error

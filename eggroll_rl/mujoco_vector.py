@@ -78,7 +78,7 @@ def norm(vectors: np.ndarray) -> np.ndarray:
 
 
 class MujocoVectorEnv(VectorEnv):
-    """N simulations of a Gymnasium MuJoCo task, on one thread.
+    """N simulations of a Gymnasium MuJoCo task.
 
     ``reset`` and ``step`` do what ``SyncVectorEnv``'s do on the same envs, in the three autoreset modes: seeds, masks,
     infos. Two things are added. In ``AutoresetMode.DISABLED`` a finished sub-env may be stepped on: it is left
@@ -89,8 +89,10 @@ class MujocoVectorEnv(VectorEnv):
     :param num_envs: number of simulations
     :param max_episode_steps: time limit; None or -1 for no limit
     :param autoreset_mode: a mode or its name; as of ``SyncVectorEnv``
+    :param num_threads: of the physics; the numbers are the same with any. The tasks that look at contact forces (Ant
+        and the two Humanoids) always take one
     :param kwargs: for the constructor of Gymnasium's env
-    :raises ValueError: ``num_envs`` or ``max_episode_steps`` is below 1
+    :raises ValueError: ``num_envs``, ``max_episode_steps`` or ``num_threads`` is below 1
     """
 
     entry_point: ClassVar[str]
@@ -101,11 +103,13 @@ class MujocoVectorEnv(VectorEnv):
         num_envs: int = 1,
         max_episode_steps: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        num_threads: int = 1,
         **kwargs: Any,
     ):
         if max_episode_steps == -1:
             max_episode_steps = None
-        for name, value in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
+        given = {"num_envs": num_envs, "max_episode_steps": max_episode_steps, "num_threads": num_threads}
+        for name, value in given.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         # One env of the task lends its model, its settings and its renderer.
@@ -122,7 +126,11 @@ class MujocoVectorEnv(VectorEnv):
         self.action_space = batch_space(task.action_space, num_envs)
         self.dt = task.dt
         self.max_episode_steps = max_episode_steps
-        self.batch: Any = _ContactBatch(task, num_envs) if self.needs_contact_forces else Batch(task.model, num_envs, 1)
+        self.batch: Any
+        if self.needs_contact_forces:
+            self.batch = _ContactBatch(task, num_envs)
+        else:
+            self.batch = Batch(task.model, num_envs, num_threads)
         self.qpos, self.qvel, self.ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self.bind_outputs()
         self._generators: list[np.random.Generator | None] = [None] * num_envs

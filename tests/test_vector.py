@@ -7,12 +7,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import toy
+from gymnasium.vector import AutoresetMode
 
 from eggroll_rl import EGGROLL
 from eggroll_rl.envs import env_factory
 from eggroll_rl.errors import ConfigError, EpisodeError
 from eggroll_rl.evaluation import evaluate
-from eggroll_rl.mujoco_tasks import HalfCheetah
+from eggroll_rl.mujoco_tasks import TASKS, HalfCheetah
 from eggroll_rl.mujoco_vector import MujocoVectorEnv, mujoco_warnings_silenced
 from eggroll_rl.serial_vector import SerialVectorEnv, SubEnvError
 
@@ -156,3 +157,19 @@ def test_a_member_whose_physics_diverged_is_reported(absurd_cheetah, wrappers):
         model.learn(1)
     with pytest.raises(EpisodeError, match=r"evaluation, seed 3, step \d+: the physics diverged"):
         evaluate(lambda obs: np.ones((len(obs), 6), np.float32), factory, [3])
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v5"])
+def test_threads_change_no_number(env_id):
+    several = [TASKS[env_id](5, 100, AutoresetMode.SAME_STEP, num_threads=n) for n in (1, 2, 3)]
+    rng = np.random.default_rng(0)
+    assert len({envs.reset(seed=7)[0].tobytes() for envs in several}) == 1
+    for _ in range(150):
+        actions = rng.uniform(-1, 1, several[0].action_space.shape)
+        steps = [envs.step(actions) for envs in several]
+        for part in range(4):
+            assert len({step[part].tobytes() for step in steps}) == 1
+    for envs in several:
+        envs.close()
+    with pytest.raises(ValueError, match="num_threads must be at least 1, got 0"):
+        TASKS[env_id](2, num_threads=0)
