@@ -48,6 +48,13 @@ def plot_comparison(comparison: dict[str, Any], path: Path) -> None:
     _draw_curves(panels[1], comparison, "seconds")
     panels[0].set_xlabel("env steps (log scale)")
     panels[0].set_xscale("symlog", linthresh=10_000, linscale=0.3)
+    panels[0].set_xlim(left=0)
+    panels[1].set_xlim(left=0)
+    for source, threshold in thresholds.items():
+        panels[0].annotate(
+            f"{number(threshold)} ({source})", (0.02, threshold), xycoords=("axes fraction", "data"), va="bottom",
+            fontsize=8,
+        )  # fmt: skip
     panels[0].set_ylabel("return of the deterministic policy")
     panels[1].set_xlabel("wall-clock in seconds, evaluation not counted")
     panels[1].sharey(panels[0])
@@ -78,12 +85,8 @@ def _draw_curves(axes: Any, comparison: dict[str, Any], axis: str) -> None:
             markevery=max(len(curve["x"]) // 6, 1), linewidth=2, label=display_name(algo),
         )  # fmt: skip
         axes.fill_between(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
-    for source, threshold in comparison["thresholds"].items():
+    for threshold in comparison["thresholds"].values():
         axes.axhline(threshold, color="black", linewidth=0.8, linestyle=(0, (2, 2)))
-        axes.annotate(
-            f"{number(threshold)} ({source})", (1, threshold), xycoords=("axes fraction", "data"), ha="right",
-            va="bottom", fontsize=8,
-        )  # fmt: skip
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -108,9 +111,9 @@ def _draw_bars(axes: Any, comparison: dict[str, Any]) -> None:
     for at, end, said in rows:
         axes.annotate(f"  {said}", (end, at), va="center", fontsize=8)
     axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=8)
-    axes.invert_yaxis()
     axes.set_xlim(0, longest * 1.35)
-    axes.set_xlabel("seconds to threshold: median (bar), seeds (dots)")
+    axes.set_ylim(row - 1.4, -0.6)
+    axes.set_xlabel("seconds to threshold\nbar: median, marks: seeds")
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -146,7 +146,7 @@ def _curve(runs: list[Run], axis: str, rules: Rules) -> dict[str, list[float]]:
     end = getattr(rules, axis) or min(xs[-1] for xs, _ in curves)
     if axis == "timesteps" and rules.seconds is not None:
         end = min(end, *(xs[-1] for xs, _ in curves))
-    grid_P = np.linspace(0.0, end, rules.evaluations + 1)
+    grid_P = np.unique([*(x for xs, _ in curves for x in xs if x < end), end])
     values_RP = np.array([on_grid(xs, returns, grid_P) for xs, returns in curves])
     low, high = curve_interval(values_RP)
     return {"x": grid_P.tolist(), "iqm": iqm(values_RP, axis=0).tolist(), "low": low.tolist(), "high": high.tolist()}
