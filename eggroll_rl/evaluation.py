@@ -140,8 +140,12 @@ def load_agent(
     :raises ConsentError: an SB3 model without consent
     """
     if path.suffix == ".zip":
-        if env_id is None:
-            raise ConfigError(f"{path} is an SB3 model, which does not name its env: give --env and --algo")
+        if not path.exists():
+            raise RunFolderError(f"{path} does not exist")
+        if env_id is None or algo is None:
+            raise ConfigError(
+                f"{path} is an SB3 model, which does not name its env or algorithm: give --env and --algo"
+            )
         factory = env_factory(env_id) if ":" in env_id else RunConfig(env_id).factory(gym_packages)
         return _load_sb3(path, factory, algo, trust_pickle, vec_normalize)
     if not path.is_dir():
@@ -167,8 +171,6 @@ def load_agent(
 def _load_sb3(
     path: Path, factory: EnvFactory, algo: str | None, trust_pickle: bool, vec_normalize: Path | None
 ) -> Agent:
-    if not path.exists():
-        raise RunFolderError(f"{path} does not exist")
     if algo is None:
         raise ConfigError(f"{path} is an SB3 model, which does not name its algorithm: give --algo")
     algorithm = find_algorithm(algo)
