@@ -6,28 +6,11 @@ from typing import Any
 
 from eggroll_rl.bench_peers import PEERS
 from eggroll_rl.errors import ConfigError
-
-# Okabe and Ito's colours, which colour-blind people tell apart.
-_COLOURS = [
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#F0E442",
-    "#000000",
-    "#999999",
-    "#7B3294",
-]
+from eggroll_rl.plots import COLOURS, figure_class
 
 
 def _figure(rows: float) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("a plot needs matplotlib: pip install 'eggroll-rl[plots]'") from error
-    figure = Figure(figsize=(9, 1.6 + rows), layout="constrained")
+    figure = figure_class()(figsize=(9, 1.6 + rows), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -55,7 +38,7 @@ def plot_throughput(results: list[dict[str, Any]], path: Path) -> None:
             if ratio is None:
                 continue
             y = row + (i - (len(names) - 1) / 2) * height
-            axes.barh(y, ratio, height, color=_COLOURS[i], label=None if name in drawn else name)
+            axes.barh(y, ratio, height, color=COLOURS[i], label=None if name in drawn else name)
             drawn.add(name)
             most = max(most, ratio)
             rate = statistics.median(result["steps_per_second"][name])
@@ -79,7 +62,7 @@ def plot_forward(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = _figure(1 + 0.2 * len(rows))
     labels = [f"{r['width']} wide, rank {r['rank']}, {r['population_size']} members" for r in rows]
     for i, name in enumerate(("plain", "lowrank", "dense", "update")):
-        axes.plot([1000 * r[name] for r in rows], range(len(rows)), "o", color=_COLOURS[i], label=name)
+        axes.plot([1000 * r[name] for r in rows], range(len(rows)), "o", color=COLOURS[i], label=name)
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")

@@ -14,7 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from eggroll_rl import agents
 from eggroll_rl.compare_algorithms import build, settings_of
-from eggroll_rl.compare_plot import figure_class, plot_comparison
+from eggroll_rl.compare_plot import plot_comparison
 from eggroll_rl.compare_report import Run, csv_rows, display_name, markdown, summarize
 from eggroll_rl.compare_run import Rules, read_config, same_run, write_config
 from eggroll_rl.compare_stats import iqm
@@ -22,6 +22,7 @@ from eggroll_rl.config import RunConfig
 from eggroll_rl.envs import EnvFactory, check_time_limit, load_preset
 from eggroll_rl.errors import ConfigError, EggrollError, RunFolderError
 from eggroll_rl.es import check_whole
+from eggroll_rl.plots import figure_class
 
 # In the order in which they may go: a folder without results is a run broken off, one without config.toml is nobody's.
 _RUN_FILES = ("results.json", "policy.safetensors", "model.zip", "vecnormalize.pkl", "evaluations.npz", "config.toml")

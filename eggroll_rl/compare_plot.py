@@ -6,33 +6,22 @@ from typing import Any
 
 from eggroll_rl import agents
 from eggroll_rl.compare_report import budget_in_words, display_name, number
-from eggroll_rl.errors import ConfigError
+from eggroll_rl.plots import COLOURS, figure_class
 
-# Okabe and Ito's colours, which colour-blind people tell apart; line styles and markers do it in print.
-_STYLES = [
-    ("#0072B2", "-", "o"),
-    ("#D55E00", "--", "s"),
-    ("#009E73", "-.", "^"),
-    ("#CC79A7", ":", "D"),
-    ("#E69F00", (0, (5, 1)), "v"),
-    ("#56B4E9", (0, (3, 1, 1, 1)), "P"),
-    ("#000000", (0, (1, 1)), "X"),
-    ("#999999", (0, (5, 5)), "*"),
-    ("#7B3294", (0, (3, 5, 1, 5)), "<"),
-    ("#8C510A", (0, (5, 2, 1, 2)), ">"),
-]
-
-
-def figure_class() -> Any:
-    """Return matplotlib's ``Figure``.
-
-    :raises ConfigError: matplotlib is missing
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("a comparison's picture needs matplotlib: pip install 'eggroll-rl[compare]'") from error
-    return Figure
+# For print, beside the colours.
+_LINES = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (5, 1)),
+    (0, (3, 1, 1, 1)),
+    (0, (1, 1)),
+    (0, (5, 5)),
+    (0, (3, 5, 1, 5)),
+    (0, (5, 2, 1, 2)),
+)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 
 
 def plot_comparison(comparison: dict[str, Any], path: Path) -> None:
@@ -118,4 +107,4 @@ def _draw_bars(axes: Any, comparison: dict[str, Any]) -> None:
 
 
 def _styles() -> list[Any]:
-    return _STYLES * 3
+    return 3 * list(zip(COLOURS, _LINES, _MARKERS, strict=True))

@@ -12,7 +12,7 @@ LAYERS = [
     ["serial_vector", "envs", "rollout"],
     ["workers", "vec_env", "sb3_vec_env", "sb3_export"],
     ["callbacks", "eggroll"],
-    ["agents", "config", "evaluation", "training", "videos"],
+    ["agents", "config", "evaluation", "training", "videos", "plots"],
     ["compare_algorithms", "compare_run", "compare_stats", "compare_report", "compare_plot", "compare"],
     ["bench_peers", "bench", "bench_forward", "bench_plot"],
     ["cli"],
