@@ -13,7 +13,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, check_for_correct_spaces, safe_mean
+from stable_baselines3.common.utils import check_for_correct_spaces, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped, unwrap_vec_wrapper
 from tqdm.auto import tqdm
 
@@ -25,6 +25,7 @@ from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
 from eggroll_rl.rollout import Generation, RolloutResult
+from eggroll_rl.settings import find_optimizer, make_schedule
 from eggroll_rl.vec_env import VecEnvEvaluator
 from eggroll_rl.workers import Evaluator, count_workers, make_evaluator
 
@@ -409,33 +410,3 @@ class EGGROLL(BaseAlgorithm):
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
-
-
-def make_schedule(name: str, value: float | str | Schedule) -> Schedule:
-    """Return an SB3 schedule for a number, ``"lin_<number>"`` or a function of the progress remaining."""
-    if isinstance(value, str):
-        kind, _, number = value.partition("_")
-        try:
-            start = float(number if kind == "lin" else value)
-        except ValueError:
-            raise ConfigError(f"{name} must be a number above 0 or 'lin_<number>', got {value!r}") from None
-        check_positive(name, start)
-        return LinearSchedule(start, 0.0, 1.0) if kind == "lin" else FloatSchedule(start)
-    if not callable(value):
-        check_positive(name, value)
-    return FloatSchedule(value)
-
-
-def find_optimizer(optimizer: str | type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Look up a ``torch.optim`` class by name, in any case."""
-    if not isinstance(optimizer, str):
-        return optimizer
-    known = {
-        name: value
-        for name, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name != "Optimizer"
-    }
-    for name, value in known.items():
-        if name.lower() == optimizer.lower():
-            return value
-    raise ConfigError(f"optimizer must be one of {', '.join(known)}, got {optimizer!r}")

@@ -11,11 +11,11 @@ LAYERS = [
     ["registration", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
     ["serial_vector", "envs", "rollout"],
     ["workers", "vec_env", "sb3_vec_env", "sb3_export"],
-    ["callbacks", "eggroll"],
+    ["settings", "callbacks", "eggroll"],
     ["agents", "config", "evaluation", "training", "videos", "plots"],
     ["compare_algorithms", "compare_run", "compare_stats", "compare_report", "compare_plot", "compare"],
     ["bench_peers", "bench", "bench_forward", "bench_plot"],
-    ["cli"],
+    ["cli_bench", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 PACKAGE = Path(__file__).parent.parent / "eggroll_rl"

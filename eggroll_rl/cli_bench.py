@@ -1,0 +1,100 @@
+"""``eggroll-rl bench``."""
+
+import json
+from pathlib import Path
+
+import click
+
+from eggroll_rl.errors import ConfigError
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed on this machine."""
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_plot_option = click.option("--plot", type=click.Path(path_type=Path), help="Write a picture (PNG, PDF or SVG).")
+
+
+@bench.command()
+@click.argument("env_ids", nargs=-1, metavar="ENV...")
+@click.option(
+    "--n-workers",
+    type=click.IntRange(min=1),
+    help="Processes, and threads of the C limit, at most 2. [default: all cores]",
+)
+@click.option("--repetitions", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved rounds.")
+@click.option("--episode-steps", type=click.IntRange(min=1), default=200, show_default=True, help="Cap on episodes.")
+@click.option("--real-ends", is_flag=True, help="Let episodes end where the task ends them.")
+@click.option("--peers", default="", metavar="NAMES", help="Others to measure in the same rounds, by comma, or 'all'.")
+@_json_option
+@_plot_option
+def throughput(
+    env_ids: tuple[str, ...],
+    n_workers: int | None,
+    repetitions: int,
+    episode_steps: int,
+    real_ends: bool,
+    peers: str,
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """Compare training's env steps per second with the raw MuJoCo C limit, and with peers, in one run.
+
+    ENV is HalfCheetah-v5 by default. Peers: one_worker, sync, async, envpool, ppo, ppo_on_ours, ars, evotorch,
+    one_member.
+    """
+    from eggroll_rl import bench as benchmarks
+    from eggroll_rl.bench_peers import PEERS
+    from eggroll_rl.bench_plot import check_plot, plot_throughput
+
+    if plot:
+        check_plot(plot)
+    names = tuple(PEERS) if peers == "all" else tuple(name for name in peers.split(",") if name)
+    results = []
+    for env_id in env_ids or ("HalfCheetah-v5",):
+        result = benchmarks.throughput(env_id, n_workers, repetitions, episode_steps, real_ends, names)
+        results.append(result)
+        if not as_json:
+            click.echo(benchmarks.throughput_table(result))
+    if as_json:
+        click.echo(json.dumps(results))
+    if plot:
+        plot_throughput(results, plot)
+
+
+@bench.command()
+@click.option("--widths", default="64,256,1024", show_default=True, help="Widths of the layers, by comma.")
+@click.option("--ranks", default="1,4", show_default=True, help="Ranks, by comma.")
+@click.option("--populations", default="64,1024", show_default=True, help="Members, by comma.")
+@click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True, help="Linear layers.")
+@_json_option
+@_plot_option
+def forward(widths: str, ranks: str, populations: str, layers: int, as_json: bool, plot: Path | None) -> None:
+    """Compare a population's forward with the unperturbed one and with dense members, on one thread."""
+    from eggroll_rl import bench_forward
+    from eggroll_rl.bench_plot import check_plot, plot_forward
+
+    if plot:
+        check_plot(plot)
+    rows = bench_forward.forward(
+        _whole_numbers("widths", widths),
+        _whole_numbers("ranks", ranks),
+        _whole_numbers("populations", populations),
+        n_layers=layers,
+    )
+    click.echo(json.dumps(rows) if as_json else bench_forward.forward_table(rows))
+    if plot:
+        plot_forward(rows, plot)
+
+
+def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1 or (name == "populations" and any(number % 2 for number in numbers)):
+        even = "even " if name == "populations" else ""
+        raise ConfigError(f"--{name} must be {even}whole numbers above 0 with commas between, got {text!r}")
+    return numbers
