@@ -68,7 +68,7 @@ def training(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[fl
     with make_evaluator(n_workers, model.policy, factory, model.slice_size) as evaluator:
         while True:
             started = time.perf_counter()
-            results = evaluator.evaluate(model.next_generation())
+            results = evaluator.evaluate(model.next_generation(), model.scorer.learn)
             model.update(results)
             seconds = time.perf_counter() - started
             state, core_state = copy.deepcopy(before)

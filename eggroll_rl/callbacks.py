@@ -1,7 +1,10 @@
 """Callbacks by generation, beside SB3's callbacks by step."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 
@@ -32,3 +35,24 @@ def generation_callbacks(callback: BaseCallback) -> list[GenerationCallback]:
 def only_generation_callbacks(callback: BaseCallback) -> bool:
     """Say whether no part of a callback looks at steps, so that none need be replayed."""
     return all(isinstance(leaf, GenerationCallback) for leaf in _leaves(callback))
+
+
+def replay(model: BaseAlgorithm, n_steps: int, ends: dict[int, dict[str, Any]], callback: BaseCallback) -> bool:
+    """Show a finished generation to a callback, member after member, as a ``VecEnv`` of the model's size would have.
+
+    :param n_steps: env steps of all members
+    :param ends: infos of the episodes that ended, by the number of the step, from 1
+    :return: False if the callback says stop
+    """
+    assert model.env is not None
+    stride = model.env.num_envs
+    for step in range(0, n_steps, stride):
+        infos = [ends.get(step + i, {}) for i in range(1, stride + 1)]
+        dones = np.array(["episode" in info for info in infos])
+        model.num_timesteps += min(stride, n_steps - step)
+        model._update_info_buffer(infos, dones)
+        # The names that SB3's callbacks look up.
+        callback.update_locals({"dones": dones, "infos": infos, "self": model})
+        if not callback.on_step():
+            return False
+    return True

@@ -120,6 +120,7 @@ class RunConfig:
         settings["policy_kwargs"] = {n: v for n, v in policy_kwargs.items() if not n.endswith("_space")}
         settings["optimizer"] = model.optimizer.__name__
         settings["device"] = str(settings["device"])
+        settings["fitness_shaping"] = model.fitness_shaping
         self.eggroll = {name: value for name, value in settings.items() if value is not None}
 
     def of_the_result(self) -> dict[str, Any]:

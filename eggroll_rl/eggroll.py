@@ -17,23 +17,29 @@ from stable_baselines3.common.utils import check_for_correct_spaces, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped, unwrap_vec_wrapper
 from tqdm.auto import tqdm
 
-from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks
+from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks, replay
 from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, time_limit
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.es import EvolutionStrategy, check_population, check_positive, check_whole
+from eggroll_rl.es import EvolutionStrategy, check_fraction, check_population, check_positive, check_whole
 from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
-from eggroll_rl.rollout import Generation, RolloutResult
+from eggroll_rl.rollout import Generation
+from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, make_scorer
 from eggroll_rl.settings import find_optimizer, make_schedule
 from eggroll_rl.vec_env import VecEnvEvaluator
 from eggroll_rl.workers import Evaluator, count_workers, make_evaluator
 
 
 class EGGROLL(BaseAlgorithm):
-    """Low-rank evolution strategy on a policy's whole-episode returns.
+    """Low-rank evolution strategy on a policy's returns, by whole episodes or by segments of them.
 
     Paper: https://arxiv.org/abs/2511.16652. The update convention is that of :mod:`eggroll_rl.es`.
+
+    With ``fitness="segment"`` the two members of a pair start from the same state of the simulation, which an episode
+    reached before, and run ``segment_steps``; what they collect and what a critic says of the state where they end is
+    their fitness. A generation is then a few thousand env steps instead of whole episodes. It needs Gymnasium's MuJoCo
+    v5 tasks, whose states can be copied; the policy learns by evolution alone, the critic by gradient descent.
 
     An env given by id, ``EnvSpec`` or function is rebuilt where it is needed (*native* mode): results are the
     same to the bit for any number of workers. A ready-made env or ``VecEnv`` is stepped as it is, in this
@@ -46,8 +52,14 @@ class EGGROLL(BaseAlgorithm):
         remaining, which falls from 1 to 0
     :param rank: rank of each weight matrix's perturbation
     :param learning_rate: step size, given as ``sigma`` is
+    :param fitness: ``"episode"`` or ``"segment"``
     :param n_eval_episodes: episodes per member; its fitness is their mean
-    :param fitness_shaping: a name in :data:`eggroll_rl.fitness.FITNESS_SHAPING`, or a function of fitness (N,)
+    :param segment_steps: env steps of a segment
+    :param gamma: discount, of segments
+    :param gae_lambda: of the critic's targets
+    :param critic_kwargs: see :class:`eggroll_rl.critic.Critic`
+    :param fitness_shaping: a name in :data:`eggroll_rl.fitness.FITNESS_SHAPING`, or a function of fitness (N,). None is
+        ``"centered_rank"`` for episodes and ``"pair_rank"`` for segments
     :param best_fraction: share of pairs kept by ``fitness_shaping="best_fraction"``
     :param alive_bonus_offset: added to the reward at each step, in training only; -1 cancels Hopper's bonus
     :param max_episode_steps: episode cap, in training only; needed if the env has no time limit
@@ -74,6 +86,7 @@ class EGGROLL(BaseAlgorithm):
         "LinearPolicy": LinearPolicy,
     }
     policy: MlpPolicy
+    _scorer: EpisodeScorer | SegmentScorer | None = None
 
     def __init__(
         self,
@@ -83,8 +96,13 @@ class EGGROLL(BaseAlgorithm):
         sigma: float | str | Schedule = 0.05,
         rank: int = 1,
         learning_rate: float | str | Schedule = 0.015,
+        fitness: str = "episode",
         n_eval_episodes: int = 1,
-        fitness_shaping: str | FitnessShaping = "centered_rank",
+        segment_steps: int = 16,
+        gamma: float = 0.98,
+        gae_lambda: float = 0.95,
+        critic_kwargs: dict[str, Any] | None = None,
+        fitness_shaping: str | FitnessShaping | None = None,
         best_fraction: float | None = None,
         alive_bonus_offset: float = 0.0,
         max_episode_steps: int | None = None,
@@ -106,7 +124,14 @@ class EGGROLL(BaseAlgorithm):
         self.population_size = population_size
         self.sigma = make_schedule("sigma", sigma)
         self.rank = rank
+        self.fitness = fitness
         self.n_eval_episodes = n_eval_episodes
+        self.segment_steps = segment_steps
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.critic_kwargs = critic_kwargs
+        if fitness_shaping is None:
+            fitness_shaping = "pair_rank" if fitness == "segment" else "centered_rank"
         self.fitness_shaping = fitness_shaping
         self.best_fraction = best_fraction
         self.alive_bonus_offset = alive_bonus_offset
@@ -124,7 +149,8 @@ class EGGROLL(BaseAlgorithm):
         if isinstance(policy, str) and policy not in self.policy_aliases:
             raise ConfigError(f"policy must be one of {', '.join(self.policy_aliases)} or a class, got {policy!r}")
 
-        self.last_generation: dict[str, float] = {}
+        self.last_generation = {"ep_rew_mean": math.nan, "ep_len_mean": math.nan}  # of the episodes that ended last
+        self.scorer_state: dict[str, torch.Tensor] = {}  # of a loaded model, until there is an env
         made, factory = self._make_env(env, env_kwargs)
         if made is not None and factory is None and max_episode_steps is not None:
             raise ConfigError("max_episode_steps needs an env given by id or function; this one is already made")
@@ -147,7 +173,14 @@ class EGGROLL(BaseAlgorithm):
 
     def _check_settings(self) -> None:
         check_population(self.population_size, self.rank, self.slice_size)
+        if self.fitness not in ("episode", "segment"):
+            raise ConfigError(f"fitness must be 'episode' or 'segment', got {self.fitness!r}")
         check_whole("n_eval_episodes", self.n_eval_episodes, 1)
+        check_whole("segment_steps", self.segment_steps, 1)
+        for name in ("gamma", "gae_lambda"):
+            check_fraction(name, getattr(self, name))
+        if self.fitness == "segment" and self.n_eval_episodes != 1:
+            raise ConfigError(f"n_eval_episodes must be 1 with fitness='segment', got {self.n_eval_episodes}")
         if self.n_workers is not None:
             check_whole("n_workers", self.n_workers, 0)
         if self.max_episode_steps is not None:
@@ -172,8 +205,11 @@ class EGGROLL(BaseAlgorithm):
                 raise ConfigError("env_kwargs needs an env given by id or function; this one is already made")
             if isinstance(env, VecEnv):
                 self._refuse_vec_normalize(env)
+            if env is not None:
+                check_env(self.fitness, None)
             return env, None
         factory = env_factory(env, env_kwargs)
+        check_env(self.fitness, factory)
         training = factory if self.max_episode_steps is None else factory.with_cap(self.max_episode_steps)
         made = factory()
         check_spaces(made.observation_space, made.action_space)
@@ -196,6 +232,8 @@ class EGGROLL(BaseAlgorithm):
         self.n_envs = wrapped.num_envs  # nothing here depends on it, unlike in algorithms with a rollout buffer
         super().set_env(wrapped, force_reset=force_reset)
         self._factory = factory
+        self._keep_scorer_state()
+        self._scorer = None
 
     @classmethod
     def load(cls, path: Any, env: Any = None, device: Any = "cpu", **kwargs: Any) -> Self:  # type: ignore[override]
@@ -219,6 +257,19 @@ class EGGROLL(BaseAlgorithm):
                 "EGGROLL's policy normalizes observations itself and saves the statistics with it: "
                 "pass the env without VecNormalize (policy_kwargs=dict(normalize_obs=False) turns ours off)"
             )
+
+    @property
+    def scorer(self) -> EpisodeScorer | SegmentScorer:
+        """How members are scored, with what it keeps between generations; made when an env is there."""
+        if self._scorer is None:
+            self._scorer = make_scorer(
+                self.fitness, self._factory, self.policy.n_inputs, self.population_size // 2,
+                gamma=self.gamma, gae_lambda=self.gae_lambda, seed=self.noise_seed,
+                critic_kwargs=self.critic_kwargs or {},
+            )  # fmt: skip
+            if self.scorer_state:
+                self._scorer.load_state_dict(self.scorer_state)
+        return self._scorer
 
     # SB3's contract -------------------------------------------------------------------------------------
 
@@ -258,16 +309,26 @@ class EGGROLL(BaseAlgorithm):
             best_fraction=self.best_fraction,
             slice_size=self.slice_size,
         )
+        self._scorer = None
         # A loaded model goes on with the noise of the next generation, not with that of the first.
         self._es.generation = self._n_updates
         self.policy.optimizer = self._es.optimizer
+
+    def save(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as SB3 does, with what the scorer keeps between generations."""
+        self._keep_scorer_state()
+        super().save(path, *args, **kwargs)
+
+    def _keep_scorer_state(self) -> None:
+        if self._scorer is not None:
+            self.scorer_state = self._scorer.state_dict()
 
     def _progress_remaining(self) -> float:
         # A finished run is a little past its end, where a linear schedule would be negative.
         return max(self._current_progress_remaining, 1e-6)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_es", "_factory"]
+        return [*super()._excluded_save_params(), "_es", "_factory", "_scorer"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
@@ -325,7 +386,7 @@ class EGGROLL(BaseAlgorithm):
         """Ask, evaluate, tell; return False if a callback stopped the run before the update."""
         self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         callback.on_rollout_start()
-        results = evaluator.evaluate(self.next_generation())
+        results = evaluator.evaluate(self.next_generation(), self.scorer.learn)
         self.num_timesteps += sum(result.idle_steps for result in results)
         if not self._count_steps(results, callback):
             return False
@@ -333,17 +394,15 @@ class EGGROLL(BaseAlgorithm):
         self.update(results)
         return True
 
-    def update(self, results: list[RolloutResult]) -> None:
+    def update(self, results: list[Any]) -> None:
         """Tell the core what the members reached, then add what they saw to the normalizer."""
-        returns_NE = np.concatenate([result.returns for result in results])
-        lengths_NE = np.concatenate([result.lengths for result in results])
-        fitness_N = (returns_NE + self.alive_bonus_offset * lengths_NE).mean(axis=1)
-        metrics = self._es.tell(fitness_N)
+        fitness_N = self.scorer.score(results, self.policy.features, self.alive_bonus_offset, self._es.generation)
+        metrics = {**self._es.tell(fitness_N), **self.scorer.advance()}
         if self.policy.normalizer is not None:
             # After the update: one generation sees one normalizer.
             self.policy.normalizer.combine(Moments.concatenate([result.moments for result in results]))
         self._n_updates += 1
-        self.last_generation = {"ep_rew_mean": returns_NE.mean(), "ep_len_mean": lengths_NE.mean(), **metrics}
+        self.last_generation.update(metrics)
         for name, value in metrics.items():
             section = "rollout" if name.startswith("fitness") else "train"
             self.logger.record(f"{section}/{name}", value)
@@ -351,7 +410,8 @@ class EGGROLL(BaseAlgorithm):
     def next_generation(self) -> Generation:
         """Return what evaluators need for the current generation."""
         state = {name: tensor.cpu().numpy() for name, tensor in self.policy.state_dict().items()}
-        return Generation(self._es.ask().noise, state, self.n_eval_episodes)
+        noise = self._es.ask().noise
+        return Generation(noise, state, self.n_eval_episodes, self.scorer.anchors, self.segment_steps)
 
     def _make_evaluator(self) -> Evaluator:
         assert self.env is not None
@@ -367,34 +427,22 @@ class EGGROLL(BaseAlgorithm):
         if self.verbose:
             print(text)
 
-    def _count_steps(self, results: list[RolloutResult], callback: BaseCallback) -> bool:
+    def _count_steps(self, results: list[Any], callback: BaseCallback) -> bool:
         """Count the steps and fill the episode buffer, replaying them for callbacks that look at steps."""
         now = round(time.time_ns() / 1e9 - self.start_time / 1e9, 6)
-        lengths = np.concatenate([result.lengths.ravel() for result in results])
-        returns = np.concatenate([result.returns.ravel() for result in results])
-        successes = np.concatenate([result.successes.ravel() for result in results])
-        infos: list[dict[str, Any]] = []
-        for r, length, success in zip(returns.tolist(), lengths.tolist(), successes.tolist(), strict=True):
-            known = {} if math.isnan(success) else {"is_success": bool(success)}
-            infos.append({"episode": {"r": r, "l": length, "t": now}, **known})
+        total = int(sum(result.lengths.sum() for result in results))
+        ends = self.scorer.ended_episodes(results, self._es.generation)
+        for info in ends.values():
+            info["episode"]["t"] = now
+        if ends:
+            episodes = [info["episode"] for info in ends.values()]
+            self.last_generation["ep_rew_mean"] = safe_mean([episode["r"] for episode in episodes])
+            self.last_generation["ep_len_mean"] = safe_mean([episode["l"] for episode in episodes])
         if only_generation_callbacks(callback):
-            self.num_timesteps += int(lengths.sum())
-            self._update_info_buffer(infos, np.ones(len(infos), dtype=bool))
+            self.num_timesteps += total
+            self._update_info_buffer(list(ends.values()), np.ones(len(ends), dtype=bool))
             return True
-        # One after the other, as a VecEnv of this size would have shown them.
-        assert self.env is not None
-        stride, ends = self.env.num_envs, dict(zip(np.cumsum(lengths).tolist(), infos, strict=True))
-        total = int(lengths.sum())
-        for step in range(0, total, stride):
-            shown = [ends.get(step + i, {}) for i in range(1, stride + 1)]
-            dones = np.array(["episode" in info for info in shown])
-            self.num_timesteps += min(stride, total - step)
-            self._update_info_buffer(shown, dones)
-            # The names that SB3's callbacks look up.
-            callback.update_locals({"dones": dones, "infos": shown, "self": self})
-            if not callback.on_step():
-                return False
-        return True
+        return replay(self, total, ends, callback)
 
     def dump_logs(self) -> None:
         """Write the usual keys."""

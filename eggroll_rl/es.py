@@ -49,6 +49,13 @@ def check_whole(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
 
+def check_fraction(name: str, value: object) -> None:
+    """Refuse what is not a number from 0 to 1."""
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
 def _flat(values: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([value.detach().flatten() for value in values.values()])
 

@@ -17,9 +17,25 @@ FitnessShaping = Callable[[Tensor], Tensor]
 
 def centered_rank(fitness: Tensor) -> Tensor:
     """Return ranks scaled to [-0.5, 0.5]; equal fitness gets the mean of its ranks (Salimans et al. 2017)."""
-    _, inverse, counts = torch.unique(fitness, return_inverse=True, return_counts=True)
-    rank = counts.cumsum(0).double() - (counts.double() + 1) / 2  # mean of the tied ranks 0 .. N-1
-    return rank[inverse] / (len(fitness) - 1) - 0.5
+    return _mean_ranks(fitness) / (len(fitness) - 1) - 0.5
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    """Return ranks 0 .. N - 1, and their mean where values are equal."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0).double() - (counts.double() + 1) / 2)[inverse]
+
+
+def pair_rank(fitness: Tensor) -> Tensor:
+    """Rank the pairs by the distance between their members, which get plus and minus half of it, in (0, 0.5].
+
+    For pairs that start from different states, where only the two members of a pair can be compared.
+    """
+    pairs = fitness.view(-1, 2)
+    difference = pairs[:, 0] - pairs[:, 1]
+    rank = (_mean_ranks(difference.abs()) + 1) / len(pairs)
+    half = difference.sign() * rank / 2
+    return torch.stack([half, -half], dim=1).flatten()
 
 
 def standardize(fitness: Tensor) -> Tensor:
@@ -52,6 +68,7 @@ def best_fraction(fitness: Tensor, fraction: float = 0.5) -> Tensor:
 
 FITNESS_SHAPING: dict[str, FitnessShaping] = {
     "centered_rank": centered_rank,
+    "pair_rank": pair_rank,
     "standardize": standardize,
     "none": none,
     "best_fraction": best_fraction,

@@ -23,6 +23,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from mujoco.batch import Batch
 
+from eggroll_rl.mujoco_contacts import ContactBatch
+
 Infos = dict[str, np.ndarray]
 Outcome = tuple[np.ndarray, np.ndarray, Infos]
 
@@ -128,7 +130,7 @@ class MujocoVectorEnv(VectorEnv):
         self.max_episode_steps = max_episode_steps
         self.batch: Any
         if self.needs_contact_forces:
-            self.batch = _ContactBatch(task, num_envs)
+            self.batch = ContactBatch(task, num_envs)
         else:
             self.batch = Batch(task.model, num_envs, num_threads)
         self.qpos, self.qvel, self.ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
@@ -261,6 +263,38 @@ class MujocoVectorEnv(VectorEnv):
         infos = self._autoreset(running, terminations | truncations, terms)
         return self.observe(), rewards.astype(np.float64, copy=False), terminations, truncations, infos
 
+    def get_states(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return copies of the simulations' states (N, S), float64, and of the steps their episodes have made (N,)."""
+        return self.batch.state.copy(), self._elapsed.copy()
+
+    def set_states(self, mask: np.ndarray, states: np.ndarray, elapsed: np.ndarray) -> np.ndarray:
+        """Put the masked sub-envs into the middle of episodes, and return the observations of all.
+
+        A state may come from another sub-env of the same task, or another process: from there on the two make the
+        same steps. What MuJoCo derives from the state is computed afresh, where after a step it lags behind by one
+        physics substep: tasks that observe it (Reacher, Pusher, Ant, the two Humanoids) see a slightly later body.
+
+        :param mask: (N,) bool
+        :param states: (N, S), from :meth:`get_states`
+        :param elapsed: (N,) steps that the episodes have made
+        :raises ValueError: a shape is not that of these sub-envs
+        """
+        shapes = [self._running.shape, self.batch.state.shape, self._elapsed.shape]
+        if [mask.shape, states.shape, elapsed.shape] != shapes:
+            raise ValueError(
+                f"mask, states and elapsed must have shapes {shapes}, got {[mask.shape, states.shape, elapsed.shape]}"
+            )
+        self.batch.state[mask] = states[mask]
+        if isinstance(self.batch, ContactBatch):
+            _quietly(self.batch.forward, mask, True)
+        else:
+            _quietly(self.batch.forward, mask)
+        self._elapsed[mask] = elapsed[mask]
+        self._fresh |= mask
+        self._running = self._running | mask
+        self._all_run = bool(self._running.all())
+        return self.observe()
+
     def _autoreset(self, running: np.ndarray, ended: np.ndarray, terms: Infos) -> dict[str, Any]:
         """Do what the mode asks for after a step, and return the step's infos."""
         infos: dict[str, Any] = {}
@@ -321,72 +355,6 @@ def _add_infos(infos: dict[str, Any], terms: Infos, mask: np.ndarray, whole: boo
                 kept[mask] = values[mask]
                 values = kept
             infos[name], infos["_" + name] = values, mask.copy()
-
-
-class _ContactBatch:
-    """As ``mujoco.batch.Batch``, with ``mj_rnePostConstraint`` after each step, as Gymnasium calls it.
-
-    ``Batch`` has no place for that call, ``cfrc_ext`` cannot be had without it, and a sensor that would make the
-    engine call it sees only the first of RK4's four stages. So one MjData takes the simulations in turn, which
-    is what a thread of ``Batch`` does.
-    """
-
-    _SPEC = (
-        mujoco.mjtState.mjSTATE_FULLPHYSICS.value
-        | mujoco.mjtState.mjSTATE_WARMSTART.value
-        | mujoco.mjtState.mjSTATE_CTRL.value
-    )
-
-    def __init__(self, task: Any, num_envs: int):
-        self.model, self.data = task.model, mujoco.MjData(task.model)
-        self.state = np.zeros((num_envs, mujoco.mj_stateSize(self.model, self._SPEC)))
-        self.warning = np.zeros((num_envs, mujoco.mjtWarning.mjNWARNING.value, 2), dtype=np.int32)
-        self._rows = list(self.state)
-        self._outputs: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def bind(self, name: str) -> np.ndarray:
-        states = {
-            "qpos": mujoco.mjtState.mjSTATE_QPOS,
-            "qvel": mujoco.mjtState.mjSTATE_QVEL,
-            "ctrl": mujoco.mjtState.mjSTATE_CTRL,
-        }
-        if name in states:
-            part = states[name].value
-            before = mujoco.mj_stateSize(self.model, self._SPEC & (part - 1))
-            return self.state[:, before : before + mujoco.mj_stateSize(self.model, part)]
-        source = getattr(self.data, name)
-        output = np.zeros((len(self.state), *source.shape))
-        self._outputs.append((output, source))
-        return output
-
-    def reset(self, mask: np.ndarray, keyframe: int, stage: int) -> None:
-        mujoco.mj_resetData(self.model, self.data)
-        for i in np.flatnonzero(mask).tolist():
-            self._keep(i)
-
-    def forward(self, mask: np.ndarray) -> None:
-        for i in np.flatnonzero(mask).tolist():
-            mujoco.mj_resetData(self.model, self.data)
-            mujoco.mj_setState(self.model, self.data, self._rows[i], self._SPEC)
-            mujoco.mj_forward(self.model, self.data)
-            self._keep(i)
-
-    def step(self, mask: np.ndarray | None, nstep: int) -> None:
-        model, data, spec = self.model, self.data, self._SPEC
-        warnings = data.warning.number
-        for i in range(len(self._rows)) if mask is None else np.flatnonzero(mask).tolist():
-            mujoco.mj_setState(model, data, self._rows[i], spec)
-            mujoco.mj_step(model, data, nstep=nstep)
-            mujoco.mj_rnePostConstraint(model, data)
-            self._keep(i)
-            if warnings.any():
-                self.warning[i, :, 1] = warnings
-                warnings[:] = 0
-
-    def _keep(self, i: int) -> None:
-        mujoco.mj_getState(self.model, self.data, self._rows[i], self._SPEC)
-        for output, source in self._outputs:
-            output[i] = source
 
 
 def normal_velocities(self: MujocoVectorEnv, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ A member's evaluation is a pure function of (parameters, normalizer, seed, gener
 members of a pair see the same episode seeds (common random numbers). The batch keeps its size to the end:
 a finished member keeps its row and its action is ignored, for BLAS rounds differently for another shape.
 
-Shapes: N members of the slice, padding included, E episodes, I inputs.
+Shapes: N members of the slice, padding included, E episodes, I inputs, P pairs, S size of a simulation's state.
 """
 
 import math
@@ -31,17 +31,35 @@ _MOMENTS_BLOCK = 32  # steps whose observations are added to the moments at once
 
 
 @dataclass(frozen=True)
+class Anchors:
+    """Where each pair of a generation starts its segment.
+
+    :param states: (P, S), of ``MujocoVectorEnv.get_states``; without meaning where a new episode starts
+    :param ages: (P,) env steps that count for the time limit
+    :param new: (P,) whether a new episode starts. It may have an age: then the time limit cuts it short
+    """
+
+    states: np.ndarray
+    ages: np.ndarray
+    new: np.ndarray
+
+
+@dataclass(frozen=True)
 class Generation:
     """What a worker needs once per generation.
 
     :param noise: determines all perturbations
     :param state: the policy's ``state_dict`` as arrays: mean parameters and the frozen normalizer
     :param n_eval_episodes: episodes per member
+    :param anchors: where segments start; None for whole episodes
+    :param segment_steps: env steps of a segment
     """
 
     noise: Noise
     state: dict[str, np.ndarray]
     n_eval_episodes: int
+    anchors: Anchors | None = None
+    segment_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +133,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                 if reset_N is not None:
                     row_seeds = [int(seeds_NE[i, episode_N[i]]) if reset_N[i] else None for i in range(size)]
                     obs, _ = envs.reset(seed=row_seeds, options={"reset_mask": reset_N})  # type: ignore[arg-type]
-                    _check_finite(np.zeros(size), obs, active_N, episode_error)
+                    check_finite(np.zeros(size), obs, active_N, episode_error)
                     reset_N = None
                 encoded = actor.encode(obs)
                 seen_TNI[t], active_TN[t] = encoded, active_N
@@ -126,7 +144,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                 obs, rewards, terminations, truncations, infos = envs.step(actor.act(encoded))
                 return_N += rewards
                 length_N += active_N
-                _check_finite(rewards, obs, active_N, episode_error)
+                check_finite(rewards, obs, active_N, episode_error)
                 if "diverged" in infos:
                     raise episode_error(int(np.flatnonzero(infos["diverged"])[0]), DIVERGED)
                 ended_N = terminations | truncations  # False where a sub-env is left alone
@@ -151,9 +169,10 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
     return RolloutResult(first, returns_NE, lengths_NE, successes_NE, real)
 
 
-def _check_finite(
+def check_finite(
     rewards: np.ndarray, obs: np.ndarray, active_N: np.ndarray, episode_error: Callable[[int, str], EpisodeError]
 ) -> None:
+    """Raise for the first active sub-env whose reward or observation is NaN or infinite."""
     if math.isfinite(np.add.reduce(rewards, axis=None) + np.add.reduce(obs, axis=None)):
         return
     for what, values in (("reward", rewards), ("observation", obs)):

@@ -233,6 +233,7 @@ class RunRecorder(GenerationCallback):
         """Write everything that a resume needs, as of the last generation's boundary."""
         model = self._model
         tensors = {f"policy.{name}": tensor for name, tensor in model.policy.state_dict().items()}
+        tensors |= {f"scorer.{name}": tensor for name, tensor in model.scorer.state_dict().items()}
         numbers = {}
         for index, state in model.evolution_strategy.optimizer.state_dict()["state"].items():
             for name, value in state.items():
@@ -269,6 +270,9 @@ class RunRecorder(GenerationCallback):
             es = model.evolution_strategy
             optimizer = {**es.optimizer.state_dict(), "state": state}
             model.policy.load_state_dict(policy)
+            scorer = {n.removeprefix("scorer."): t for n, t in tensors.items() if n.startswith("scorer.")}
+            if scorer:
+                model.scorer.load_state_dict(scorer)
             es.load_state_dict({"seed": es.seed, "generation": about["generation"], "optimizer": optimizer})
             model._n_updates, model.num_timesteps = about["generation"], about["timesteps"]
             self.seconds_before = about["training_seconds"]

@@ -4,6 +4,7 @@ Such an env cannot be rebuilt in workers or seeded per episode, and resets by it
 ``num_envs``; a block ends when its last member has finished, and the others' further steps are only counted.
 """
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -16,6 +17,7 @@ from eggroll_rl.es import one_thread
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Generation, RolloutResult, load_generation
+from eggroll_rl.segments import Result
 
 
 class VecEnvEvaluator:
@@ -25,8 +27,9 @@ class VecEnvEvaluator:
         self._policy = policy.replica()
         self._env = env
 
-    def evaluate(self, generation: Generation) -> list[RolloutResult]:
+    def evaluate(self, generation: Generation, meanwhile: Callable[[], None]) -> list[Result]:
         """Return one result per block of members, in order."""
+        meanwhile()
         load_generation(self._policy, generation)
         size = generation.noise.population_size
         with one_thread():

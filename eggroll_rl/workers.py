@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections import deque
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -28,14 +29,18 @@ from eggroll_rl.es import one_thread
 from eggroll_rl.lowrank import slices
 from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
 from eggroll_rl.policies import MlpPolicy
-from eggroll_rl.rollout import Generation, RolloutResult, load_generation, rollout
+from eggroll_rl.rollout import Generation, load_generation
+from eggroll_rl.segments import Result, evaluate_slice
 
 
 class Evaluator(Protocol):
     """Evaluates all members of a generation; results are the same to the bit for every implementation."""
 
-    def evaluate(self, generation: Generation) -> list[RolloutResult]:
-        """Return one result per slice, in slice order."""
+    def evaluate(self, generation: Generation, meanwhile: Callable[[], None]) -> list[Result]:
+        """Return one result per slice, in slice order.
+
+        :param meanwhile: called once, while worker processes simulate, if there are any
+        """
 
     def close(self) -> None:
         """Release envs and processes."""
@@ -72,11 +77,12 @@ class InProcessEvaluator:
         self._policy = policy
         self._envs = factory.vector(slice_size)
 
-    def evaluate(self, generation: Generation) -> list[RolloutResult]:
+    def evaluate(self, generation: Generation, meanwhile: Callable[[], None]) -> list[Result]:
         """Return one result per slice, in slice order."""
+        meanwhile()
         load_generation(self._policy, generation)
         with one_thread(), mujoco_warnings_silenced():
-            return [rollout(self._policy, generation, first, self._envs) for first in slices(generation.noise)]
+            return [evaluate_slice(self._policy, generation, first, self._envs) for first in slices(generation.noise)]
 
     def close(self) -> None:
         """Close the envs."""
@@ -142,10 +148,10 @@ class ProcessEvaluator:
         self._processes.append(process)
         self._connections.append(Connection(ours.detach()))
 
-    def evaluate(self, generation: Generation) -> list[RolloutResult]:
+    def evaluate(self, generation: Generation, meanwhile: Callable[[], None]) -> list[Result]:
         """Return one result per slice, in slice order."""
         waiting = deque(slices(generation.noise))
-        results: dict[int, RolloutResult] = {}
+        results: dict[int, Result] = {}
         busy: set[Connection] = set()
         pickled = pickle.dumps(generation)
         for connection in self._connections:
@@ -153,6 +159,7 @@ class ProcessEvaluator:
             if waiting:
                 self._send(connection, pickle.dumps(waiting.popleft()))
                 busy.add(connection)
+        meanwhile()
         while busy:
             ready = wait(list(busy))
             for connection in [c for c in self._connections if c in ready]:
@@ -237,7 +244,7 @@ def serve(fd: int) -> None:
                         load_generation(policy, generation)
                     else:
                         assert generation is not None
-                        connection.send(rollout(policy, generation, message, envs))
+                        connection.send(evaluate_slice(policy, generation, message, envs))
         except EOFError:
             return
         except EggrollError as error:

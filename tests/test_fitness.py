@@ -8,6 +8,7 @@ from eggroll_rl.fitness import (
     centered_rank,
     make_fitness_shaping,
     none,
+    pair_rank,
     standardize,
 )
 
@@ -42,12 +43,18 @@ def test_best_fraction_by_hand():
     assert utilities.tolist() == pytest.approx([2 * x / deviation for x in expected])
 
 
+def test_pairs_are_ranked_by_the_distance_of_their_members():
+    # Distances 4, 1, 4 and 9: ranks 2.5, 1, 2.5 and 4 of 4, half of it for the better member, minus half for the other.
+    fitness = tensor(100, 104, 1, 0, -4, 0, 9, 0)
+    assert pair_rank(fitness).tolist() == [-2.5 / 8, 2.5 / 8, 1 / 8, -1 / 8, -2.5 / 8, 2.5 / 8, 4 / 8, -4 / 8]
+
+
 def test_a_fraction_of_one_is_the_z_score():
     fitness = torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(best_fraction(fitness, 1.0), standardize(fitness))
 
 
-@pytest.mark.parametrize("name", ["centered_rank", "standardize", "best_fraction"])
+@pytest.mark.parametrize("name", ["centered_rank", "pair_rank", "standardize", "best_fraction"])
 def test_a_population_without_differences_gives_zero(name):
     assert FITNESS_SHAPING[name](tensor(7, 7, 7, 7)).tolist() == [0, 0, 0, 0]
 
@@ -61,7 +68,7 @@ def test_permuting_pairs_permutes_utilities(name):
 
 
 def test_unknown_shaping_is_refused_with_the_known_names():
-    with pytest.raises(ConfigError, match="centered_rank, standardize, none, best_fraction.*'ranks'"):
+    with pytest.raises(ConfigError, match="centered_rank, pair_rank, standardize, none, best_fraction.*'ranks'"):
         make_fitness_shaping("ranks")
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 LAYERS = [
     ["errors", "lowrank", "fitness", "es"],
     ["normalization", "policies", "actor"],
-    ["registration", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
-    ["serial_vector", "envs", "rollout"],
+    ["registration", "mujoco_contacts", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
+    ["serial_vector", "envs", "rollout", "segments"],
     ["workers", "vec_env", "sb3_vec_env", "sb3_export"],
-    ["settings", "callbacks", "eggroll"],
+    ["critic", "scoring", "settings", "callbacks", "eggroll"],
     ["agents", "config", "evaluation", "training", "videos", "plots"],
     ["compare_algorithms", "compare_run", "compare_stats", "compare_report", "compare_plot", "compare"],
     ["bench_peers", "bench", "bench_forward", "bench_plot"],

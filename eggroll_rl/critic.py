@@ -1,0 +1,129 @@
+"""The value function of ``fitness="segment"``: what a state is worth where a segment ends.
+
+The policy learns by evolution alone; this small network learns by gradient descent. Targets are scaled by running
+moments, and the last layer is rescaled with them, so that its predictions stay what they were (Pop-Art, van Hasselt
+et al., arXiv 1602.07714).
+
+Shapes: T steps, N members, B samples, I inputs.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eggroll_rl.es import check_positive, check_whole
+
+_CRITIC_STREAM = 3  # spawn key of the seed, beside those of eggroll_rl.rollout
+_MOMENTS_DECAY = 0.9  # per generation
+_LEAST_SCALE = 1e-3
+
+
+class Critic(nn.Module):
+    """A tanh MLP from the policy's features to values.
+
+    :param n_inputs: I
+    :param seed: of the initial weights and of the order of samples
+    :param net_arch: sizes of the hidden layers
+    :param learning_rate: Adam's
+    :param n_epochs: passes over a generation's samples
+    :param batch_size: samples per step of Adam
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        n_inputs: int,
+        seed: int,
+        net_arch: tuple[int, ...] = (64, 64),
+        learning_rate: float = 1e-3,
+        n_epochs: int = 8,
+        batch_size: int = 512,
+    ):
+        super().__init__()
+        check_positive("critic learning_rate", learning_rate)
+        for name, value in (("n_epochs", n_epochs), ("batch_size", batch_size)):
+            check_whole(f"critic {name}", value, 1)
+        self.seed, self.n_epochs, self.batch_size = seed, n_epochs, batch_size
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(self._generator(0).integers(2**63)))
+            layers: list[nn.Module] = []
+            for n_in, n_out in pairwise([n_inputs, *net_arch]):
+                layers += [nn.Linear(n_in, n_out), nn.Tanh()]
+            self.body, self.head = nn.Sequential(*layers), nn.Linear([n_inputs, *net_arch][-1], 1)
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("scale", torch.zeros((), dtype=torch.float64))  # 0: nothing seen yet
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, fused=True)
+
+    def _generator(self, generation: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(_CRITIC_STREAM, generation)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return scaled values (B,) of features (B, I)."""
+        return self.head(self.body(features))[:, 0]
+
+    @torch.no_grad()
+    def values(self, features: Tensor) -> np.ndarray:
+        """Return values (B,), float64, of features (B, I); zeros before the first fit."""
+        return (self(features).double() * self.scale + self.mean).numpy()
+
+    def fit(self, features: Tensor, targets: np.ndarray, generation: int) -> dict[str, float]:
+        """Go towards targets (B,) of features (B, I), in an order that follows from the generation.
+
+        :return: value_loss (mean squared error over the targets' variance, in the last pass)
+        """
+        self._rescale(targets)
+        wanted = torch.from_numpy((targets - self.mean.item()) / self.scale.item()).float()
+        generator = self._generator(generation + 1)
+        loss = torch.zeros(())
+        for _ in range(self.n_epochs):
+            losses = []
+            for rows in torch.from_numpy(generator.permutation(len(wanted))).split(self.batch_size):
+                loss = (self(features[rows]) - wanted[rows]).square().mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                losses.append(loss.detach() * len(rows))
+            loss = torch.stack(losses).sum() / len(wanted)
+        return {"value_loss": loss.item()}
+
+    @torch.no_grad()
+    def _rescale(self, targets: np.ndarray) -> None:
+        decay = _MOMENTS_DECAY if self.scale > 0 else 0.0
+        mean = decay * self.mean.item() + (1 - decay) * targets.mean()
+        scale = decay * self.scale.item() + (1 - decay) * max(targets.std(), _LEAST_SCALE)
+        if decay:
+            self.head.weight.mul_(self.scale.item() / scale)
+            self.head.bias.mul_(self.scale.item()).add_(self.mean.item() - mean).div_(scale)
+        self.mean.fill_(mean)
+        self.scale.fill_(scale)
+
+
+def discounted_differences(
+    rewards_TN: np.ndarray,
+    values_TN: np.ndarray,
+    lengths_N: np.ndarray,
+    terminated_N: np.ndarray,
+    gamma: float,
+    lam: float,
+) -> np.ndarray:
+    """Return generalized advantages (T, N) of segments (Schulman et al., arXiv 1506.02438, Eq. 16).
+
+    With ``lam`` = 1 the advantage of the first step is the discounted reward of the segment and the value of the state
+    where it ended, minus the value of the state where it began.
+
+    :param values_TN: (T + 1, N), of all observations; a terminal state's counts as 0
+    """
+    n_steps = len(rewards_TN)
+    step_T1 = np.arange(n_steps)[:, None]
+    next_TN = np.where((step_T1 + 1 == lengths_N) & terminated_N, 0.0, values_TN[1:])
+    delta_TN = np.where(step_T1 < lengths_N, rewards_TN + gamma * next_TN - values_TN[:-1], 0.0)
+    advantages_TN = np.zeros_like(delta_TN)
+    running_N: Any = 0.0
+    for t in reversed(range(n_steps)):
+        running_N = advantages_TN[t] = delta_TN[t] + gamma * lam * running_N
+    return advantages_TN
