@@ -325,6 +325,53 @@ def compare(
         click.echo(f"{folder.parent / 'README.md'} {said}")
 
 
+@cli.command()
+@click.argument("env")
+@click.option("--fitness", default="segment", show_default=True, help="segment or episode.")
+@click.option("--trials", type=click.IntRange(min=1), default=50, show_default=True, help="Trials in all.")
+@click.option("--seconds", type=float, help="Wall-clock per run, evaluations not counted.")
+@click.option("--timesteps", "-n", type=int, help="Env steps per run.")
+@click.option("--seeds", type=click.IntRange(min=1), default=2, show_default=True, help="Runs per trial: 0, 1, ...")
+@click.option(
+    "--objective", default="mean", show_default=True, help="final return, or mean over the evaluations: speed counts."
+)
+@click.option("--evaluations", type=int, default=10, show_default=True, help="Evaluations per run.")
+@click.option("--eval-episodes", type=int, default=8, show_default=True, help="Episodes per evaluation.")
+@click.option("--n-cores", type=int, help="Worker processes. [default: all cores]")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder. [default: runs/tune-ENV]")
+@_gym_packages
+def tune(
+    env: str,
+    fitness: str,
+    trials: int,
+    seeds: int,
+    objective: str,
+    n_cores: int | None,
+    output: Path | None,
+    gym_packages: tuple[str, ...],
+    **budget: Any,
+) -> None:
+    """Search EGGROLL's settings for ENV with Optuna, and write the best as a preset.
+
+    The space is a table [tune] of the preset over our own; the preset's settings are the first trial. The same command
+    goes on after an interruption, and with more --trials.
+    """
+    from eggroll_rl import tune as tuning
+    from eggroll_rl.compare_run import Rules
+    from eggroll_rl.envs import load_preset
+    from eggroll_rl.workers import available_cores
+
+    rules = Rules(**budget, n_cores=n_cores or available_cores(), gym_packages=gym_packages)
+    folder = output or Path("runs") / f"tune-{default_folder(load_preset(env).get('env_id', env), 0).parent.name}"
+    try:
+        best = tuning.tune(tuning.Search(env, fitness, objective, seeds, rules), trials, folder)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on", err=True)
+        sys.exit(130)
+    click.echo((folder / "preset.toml").read_text(encoding="utf-8") if best else "no trial succeeded")
+    click.echo(f"saved in {folder}: preset.toml, trials.csv, study.log")
+
+
 cli.add_command(bench)
 
 

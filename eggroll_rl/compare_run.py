@@ -12,6 +12,7 @@ import copy
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.sb3_export import export_policy
 from eggroll_rl.training import SELECTION_SEED, machine, versions
 
-_FOREVER = 2**62  # env steps
+FOREVER = 2**62  # env steps
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def read_config(path: Path) -> tuple[str, dict[str, Any], RunConfig, Rules]:
     return algo, settings, RunConfig.from_dict(table, str(path)), Rules(**comparison)
 
 
-class _Spent(Exception):
+class BudgetSpent(Exception):
     """The budget is spent. Raised, because sb3-contrib's ARS goes on after a callback that says stop."""
 
 
@@ -131,16 +132,27 @@ class _Held:
     obs_rms: Any = None
 
 
-class _Recorder(GenerationCallback):
+class BudgetRecorder(GenerationCallback):
     """Evaluates at fixed points of the budget, with the clock stopped, and ends the run.
 
     What counts at a point is the policy that one would have had by stopping there: the last complete update's. An
     iteration of EGGROLL or ARS takes seconds, and what it learns belongs to the time after it. All algorithms pass
     through ``on_rollout_start`` between two updates, SB3's off-policy ones at every ``train_freq``.
+
+    :param started: ``time.perf_counter()`` from which on time counts
+    :param on_evaluation: called with the mean return of each evaluation; what it raises ends the run
     """
 
-    def __init__(self, name: str, factory: EnvFactory, rules: Rules, started: float):
+    def __init__(
+        self,
+        name: str,
+        factory: EnvFactory,
+        rules: Rules,
+        started: float,
+        on_evaluation: Callable[[float], None] | None = None,
+    ):
         super().__init__()
+        self.on_evaluation = on_evaluation
         self.name, self.factory, self.rules = name, factory, rules
         self.evaluations: list[dict[str, Any]] = []
         self.held: _Held | None = None
@@ -175,7 +187,7 @@ class _Recorder(GenerationCallback):
             self._evaluate_points_before(progress)
         if progress > 1.0:
             self._stopped += time.perf_counter() - began
-            raise _Spent
+            raise BudgetSpent
         # A thousandth of the budget is near enough: off-policy algorithms come here at every step.
         if self.held is None or progress - self._held_progress >= 0.001 or progress == 1.0:
             self.held, self._held_progress = hold(self.model, steps, seconds), progress
@@ -202,6 +214,8 @@ class _Recorder(GenerationCallback):
         self.evaluations.append({**about, "returns": result.returns, "lengths": result.lengths})
         print(f"  {self.name:<16} {held.seconds:7.1f} s {held.timesteps:>12,} steps   "
               f"return {result.mean:10.2f} ± {result.std:.2f}", file=sys.stderr, flush=True)  # fmt: skip
+        if self.on_evaluation is not None:
+            self.on_evaluation(result.mean)
 
 
 def hold(model: Any, timesteps: int = 0, seconds: float = 0.0) -> _Held:
@@ -238,12 +252,12 @@ def run(folder: Path) -> None:
     _import_everything(algo)
     started = time.perf_counter()
     learner = build(algo, settings, config, factory, rules.n_cores)
-    recorder = _Recorder(f"{algo} seed {config.seed}", factory, rules, started)
+    recorder = BudgetRecorder(f"{algo} seed {config.seed}", factory, rules, started)
     failed = None
     try:
-        learner.learn(rules.timesteps or _FOREVER, recorder)
+        learner.learn(rules.timesteps or FOREVER, recorder)
         recorder.between_updates()
-    except _Spent:
+    except BudgetSpent:
         pass
     except Exception as error:  # an algorithm that fails has a result, too: what it had until then
         if not recorder.evaluations:

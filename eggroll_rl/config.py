@@ -29,9 +29,10 @@ EGGROLL_SETTINGS = tuple(
     for name in inspect.signature(EGGROLL.__init__).parameters
     if name not in _RESERVED and not name.startswith("_")
 )
-# Tables that presets may hold for `eggroll-rl compare`, beside those of the user's own algorithms, "module:Class".
-COMPARED = (
-    "comparison", "openes", "ppo", "a2c", "sac", "td3", "ddpg", "dqn", "ars", "trpo", "tqc", "crossq", "qrdqn",
+# Tables that presets may hold for `eggroll-rl compare` and `tune`, beside those of the user's own algorithms,
+# "module:Class".
+NOT_OF_A_RUN = (
+    "comparison", "tune", "openes", "ppo", "a2c", "sac", "td3", "ddpg", "dqn", "ars", "trpo", "tqc", "crossq", "qrdqn",
 )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ class RunConfig:
 
         :raises ConfigError: a key is unknown (with the nearest name) or a value is wrong
         """
-        table = {name: value for name, value in table.items() if name not in COMPARED and ":" not in name}
+        table = {name: value for name, value in table.items() if name not in NOT_OF_A_RUN and ":" not in name}
         check_names(table, [f.name for f in fields(cls)], source)
         if not isinstance(table.get("env_id"), str):
             raise ConfigError(f"{source}: env_id must be the id of a Gymnasium env, got {table.get('env_id')!r}")

@@ -103,7 +103,7 @@ def test_schedules_follow_the_budget_in_seconds(tmp_path):
     rules, config = Rules(seconds=100.0), RunConfig.from_dict(PRESET, "test")
     settings = {**SMALL["ppo"], "learning_rate": "lin_1e-3"}
     learner = build("ppo", settings, config, config.factory(), 1)
-    recorder = compare_run._Recorder("ppo", config.factory(), rules, time.perf_counter() - 25)
+    recorder = compare_run.BudgetRecorder("ppo", config.factory(), rules, time.perf_counter() - 25)
     recorder.init_callback(learner.model)
     recorder._on_training_start()
     learner.model._update_current_progress_remaining(0, 2**62)

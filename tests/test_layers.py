@@ -13,7 +13,7 @@ LAYERS = [
     ["workers", "vec_env", "sb3_vec_env", "sb3_export"],
     ["critic", "scoring", "settings", "callbacks", "eggroll"],
     ["agents", "config", "evaluation", "training", "videos", "plots"],
-    ["compare_algorithms", "compare_run", "compare_stats", "compare_report", "compare_plot", "compare"],
+    ["compare_algorithms", "compare_run", "compare_stats", "compare_report", "compare_plot", "compare", "tune"],
     ["bench_peers", "bench", "bench_forward", "bench_plot"],
     ["cli_bench", "cli"],
 ]

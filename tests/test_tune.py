@@ -1,0 +1,126 @@
+import csv
+import tomllib
+
+import pytest
+
+from eggroll_rl import cli
+from eggroll_rl.compare_run import Rules
+from eggroll_rl.config import RunConfig
+from eggroll_rl.errors import ConfigError
+from eggroll_rl.tune import SPACES, Search, _settings, _start, tune
+
+optuna = pytest.importorskip("optuna")
+
+PRESET = """
+env_id = "Pendulum-v1"
+max_episode_steps = 20
+
+[eggroll]
+policy = "MlpPolicy"
+population_size = 4
+sigma = 0.1
+learning_rate = "lin_0.05"
+policy_kwargs = { net_arch = [16], normalize_obs = false }
+
+[tune]
+population_size = [4, 8]
+sigma = { low = 0.05, high = 0.2 }
+network = ["linear", "16"]
+"""
+
+
+@pytest.fixture
+def search(tmp_path):
+    (tmp_path / "pendulum.toml").write_text(PRESET)
+    rules = Rules(timesteps=320, evaluations=2, eval_episodes=2)
+    return Search(str(tmp_path / "pendulum.toml"), "episode", "final", 2, rules)
+
+
+def rows(folder):
+    return list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
+
+
+def test_a_search_writes_a_preset_and_goes_on(search, tmp_path):
+    folder = tmp_path / "study"
+    tune(search, 2, folder)
+    first = rows(folder)
+    assert len(first) == 2
+    # The preset itself comes first.
+    started = first[0]
+    assert [started[name] for name in ("population_size", "sigma", "network")] == ["4", "0.1", "16"]
+    assert started["schedule"] == "linear" and float(started["value"]) < 0
+    best = tune(search, 4, folder)
+    assert rows(folder)[:2] == first and len(rows(folder)) == 4
+    table = tomllib.loads((folder / "preset.toml").read_text())
+    assert table["eggroll"] == best
+    assert table["env_id"] == "Pendulum-v1" and table["total_timesteps"] == 320
+    assert table["eggroll"]["policy_kwargs"]["normalize_obs"] is False  # the preset's, which was not searched
+    config = RunConfig.from_dict(table, "preset")
+    assert config.model(config.factory()).population_size == best["population_size"]
+    value = max(float(row["value"]) for row in rows(folder) if row["value"])
+    assert f"{value:.6g}" in (folder / "preset.toml").read_text()
+
+
+def test_a_value_is_that_of_its_settings_run_again(search, tmp_path):
+    """The same settings in another study get the same value: runs are reproducible."""
+    tune(search, 1, tmp_path / "a")
+    tune(search, 1, tmp_path / "b")
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_another_search_does_not_go_on_in_the_same_folder(search, tmp_path):
+    tune(search, 1, tmp_path / "study")
+    other = Search(search.env, "episode", "mean", 2, search.rules)
+    with pytest.raises(ConfigError, match="holds a search with search .*final.*choose another output"):
+        tune(other, 1, tmp_path / "study")
+
+
+def test_a_trial_that_was_cut_runs_again(search, tmp_path, monkeypatch):
+    from eggroll_rl import tune as module
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tune(search, 1, tmp_path / "study")
+    tune(search, 1, tmp_path / "study")
+    cut, again = rows(tmp_path / "study")
+    assert (cut.pop("state"), again.pop("state")) == ("fail", "complete")
+    assert {**cut, "trial": "1", "value": again["value"]} == again
+
+
+def test_a_point_of_the_space_becomes_settings():
+    base = {"population_size": 64, "policy": "MlpPolicy", "policy_kwargs": {"net_arch": [32]}, "learning_rate": 0.01}
+    assert _start(base, SPACES["segment"]) == {
+        "population_size": 64, "learning_rate": 0.01, "schedule": "constant", "network": "32",
+    }  # fmt: skip
+    chosen = {"population_size": 32, "learning_rate": 0.02, "schedule": "linear", "network": "linear", "gamma": 0.99}
+    assert _settings(base, "segment", chosen) == {
+        "fitness": "segment",
+        "population_size": 32,
+        "slice_size": 16,
+        "learning_rate": "lin_0.02",
+        "gamma": 0.99,
+        "policy": "LinearPolicy",
+        "policy_kwargs": {"with_bias": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fitness", "steps", "--timesteps", "10"], "fitness must be one of episode, segment, got 'steps'"),
+        (["--objective", "best", "--timesteps", "10"], "objective must be one of final, mean, got 'best'"),
+        ([], "needs a budget"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["eggroll-rl", "tune", "HalfCheetah-v5", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
