@@ -14,7 +14,8 @@ from eggroll_rl.cli_bench import bench
 from eggroll_rl.errors import ConfigError, ConsentError, EggrollError, RenderError, RunFolderError
 
 _OVERRIDES = {  # flags of `train` that are EGGROLL's own settings
-    "population_size", "sigma", "rank", "learning_rate", "n_eval_episodes", "fitness_shaping", "slice_size", "policy",
+    "fitness", "population_size", "sigma", "rank", "learning_rate", "n_eval_episodes", "fitness_shaping", "slice_size",
+    "policy",
 }  # fmt: skip
 
 
@@ -80,12 +81,13 @@ def _load(model: Path, best: bool, **options: Any) -> Any:
     type=click.Path(path_type=Path),
     help="Run folder. [default: agents/ENV/eggroll-seedSEED]",
 )
+@click.option("--fitness", help="episode: whole episodes; segment: a few steps from cloned states (MuJoCo tasks).")
 @click.option("--population-size", type=int, help="Members per generation, even.")
 @click.option("--sigma", type=_Number(), help="Noise scale; lin_X falls from X to 0.")
 @click.option("--rank", type=int, help="Rank of a weight's perturbation.")
 @click.option("--learning-rate", type=_Number(), help="Step size; lin_X falls from X to 0.")
 @click.option("--n-eval-episodes", type=int, help="Training episodes per member.")
-@click.option("--fitness-shaping", help="centered_rank, standardize, none or best_fraction.")
+@click.option("--fitness-shaping", help="centered_rank, pair_rank, standardize, none or best_fraction.")
 @click.option("--slice-size", type=int, help="Members evaluated together; part of the result.")
 @click.option("--policy", help="MlpPolicy or LinearPolicy.")
 @click.option("--max-episode-steps", type=int, help="Time limit of the task, in place of the registered one.")
@@ -101,7 +103,7 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
 
     Settings come from the flags, then from the preset (`eggroll-rl list`), then from the defaults.
     """
-    from eggroll_rl.config import RunConfig
+    from eggroll_rl.config import RunConfig, without_shaping
     from eggroll_rl.envs import load_preset
     from eggroll_rl.training import Interrupted, load_run_config
     from eggroll_rl.training import train as run
@@ -117,6 +119,8 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
         config = RunConfig.from_dict({**table, **{n: v for n, v in given.items() if n not in _OVERRIDES}}, env)
         if given.get("policy", config.eggroll.get("policy")) != config.eggroll.get("policy"):
             config.eggroll.pop("policy_kwargs", None)  # the preset's are for its own policy
+        if given.get("fitness", config.eggroll.get("fitness", "episode")) != config.eggroll.get("fitness", "episode"):
+            config.eggroll = without_shaping(config.eggroll)
         config.eggroll.update({n: v for n, v in given.items() if n in _OVERRIDES})
         if output is None:
             output = default_folder(config.env_id, config.seed)
@@ -368,7 +372,9 @@ def tune(
     except KeyboardInterrupt:
         click.echo("stopped; the same command goes on", err=True)
         sys.exit(130)
-    click.echo((folder / "preset.toml").read_text(encoding="utf-8") if best else "no trial succeeded")
+    if not best:
+        raise EggrollError(f"no trial succeeded; {folder / 'trials.csv'} lists them")
+    click.echo((folder / "preset.toml").read_text(encoding="utf-8"))
     click.echo(f"saved in {folder}: preset.toml, trials.csv, study.log")
 
 

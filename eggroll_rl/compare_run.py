@@ -60,7 +60,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         if self.timesteps is None and self.seconds is None:
-            raise ConfigError("a comparison needs a budget: timesteps, seconds or both")
+            raise ConfigError("a budget is needed: timesteps, seconds or both")
         if self.seconds is not None:
             check_positive("seconds", self.seconds)
         if self.timesteps is not None:
@@ -140,7 +140,8 @@ class BudgetRecorder(GenerationCallback):
     through ``on_rollout_start`` between two updates, SB3's off-policy ones at every ``train_freq``.
 
     :param started: ``time.perf_counter()`` from which on time counts
-    :param on_evaluation: called with the mean return of each evaluation; what it raises ends the run
+    :param parent: process that started this one: the run ends with it
+    :param on_evaluation: called at each point with its number and the mean return; what it raises ends the run
     """
 
     def __init__(
@@ -149,7 +150,8 @@ class BudgetRecorder(GenerationCallback):
         factory: EnvFactory,
         rules: Rules,
         started: float,
-        on_evaluation: Callable[[float], None] | None = None,
+        parent: int | None = None,
+        on_evaluation: Callable[[int, float], None] | None = None,
     ):
         super().__init__()
         self.on_evaluation = on_evaluation
@@ -160,7 +162,7 @@ class BudgetRecorder(GenerationCallback):
         self._stopped = 0.0  # seconds that do not count
         self._next = 0  # point
         self._held_progress = 0.0
-        self._parent = os.getppid()
+        self._parent = parent
 
     @property
     def seconds(self) -> float:
@@ -192,8 +194,8 @@ class BudgetRecorder(GenerationCallback):
         if self.held is None or progress - self._held_progress >= 0.001 or progress == 1.0:
             self.held, self._held_progress = hold(self.model, steps, seconds), progress
         self._stopped += time.perf_counter() - began
-        if os.getppid() != self._parent:
-            raise SystemExit(1)  # whoever started the comparison is gone
+        if self._parent is not None and os.getppid() != self._parent:
+            raise SystemExit(1)
 
     def finish(self) -> None:
         """Evaluate the last policy at the points that are left."""
@@ -203,6 +205,8 @@ class BudgetRecorder(GenerationCallback):
         while self._next <= self.rules.evaluations and self._next / self.rules.evaluations < progress:
             self._next += 1
             self._evaluate()
+            if self.on_evaluation is not None:
+                self.on_evaluation(self._next - 1, float(np.mean(self.evaluations[-1]["returns"])))
 
     def _evaluate(self) -> None:
         held = self.held
@@ -214,8 +218,6 @@ class BudgetRecorder(GenerationCallback):
         self.evaluations.append({**about, "returns": result.returns, "lengths": result.lengths})
         print(f"  {self.name:<16} {held.seconds:7.1f} s {held.timesteps:>12,} steps   "
               f"return {result.mean:10.2f} ± {result.std:.2f}", file=sys.stderr, flush=True)  # fmt: skip
-        if self.on_evaluation is not None:
-            self.on_evaluation(result.mean)
 
 
 def hold(model: Any, timesteps: int = 0, seconds: float = 0.0) -> _Held:
@@ -249,10 +251,10 @@ def run(folder: Path) -> None:
     torch.set_num_threads(rules.torch_threads)
     factory = config.factory(rules.gym_packages)
     speed = [machine_speed()]
-    _import_everything(algo)
+    import_everything(algo)
     started = time.perf_counter()
     learner = build(algo, settings, config, factory, rules.n_cores)
-    recorder = BudgetRecorder(f"{algo} seed {config.seed}", factory, rules, started)
+    recorder = BudgetRecorder(f"{algo} seed {config.seed}", factory, rules, started, parent=os.getppid())
     failed = None
     try:
         learner.learn(rules.timesteps or FOREVER, recorder)
@@ -296,7 +298,7 @@ def run(folder: Path) -> None:
         learner.model.env.close()
 
 
-def _import_everything(algo: str) -> None:
+def import_everything(algo: str) -> None:
     """Import before the clock starts: the first optimizer of a process loads torch's compiler, for one."""
     if algo not in EVOLUTION:
         find_algorithm(algo)

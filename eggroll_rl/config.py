@@ -121,8 +121,15 @@ class RunConfig:
         settings["policy_kwargs"] = {n: v for n, v in policy_kwargs.items() if not n.endswith("_space")}
         settings["optimizer"] = model.optimizer.__name__
         settings["device"] = str(settings["device"])
-        settings["fitness_shaping"] = model.fitness_shaping
+        settings["fitness_shaping"] = model.shaping
         self.eggroll = {name: value for name, value in settings.items() if value is not None}
+
+    @staticmethod
+    def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+        """Add what settings of an older version, written down by :meth:`resolve`, did not have yet."""
+        defaults = {name: inspect.signature(EGGROLL.__init__).parameters[name].default for name in EGGROLL_SETTINGS}
+        plain = {name: value for name, value in defaults.items() if isinstance(value, bool | int | float | str)}
+        return {**plain, **settings}
 
     def of_the_result(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share: all that decide the next generation."""
@@ -134,6 +141,11 @@ class RunConfig:
         policy = self.eggroll.get("policy", "MlpPolicy")
         settings = {name: value for name, value in self.eggroll.items() if name != "policy"}
         return EGGROLL(policy, factory, seed=self.seed, n_workers=self.n_workers, **settings)
+
+
+def without_shaping(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what suits one way of scoring and not the other: for a change of ``fitness``."""
+    return {n: v for n, v in settings.items() if n not in ("fitness_shaping", "best_fraction", "critic_kwargs")}
 
 
 def check_names(table: Any, known: Any, where: str) -> None:

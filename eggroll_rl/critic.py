@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eggroll_rl.errors import ConfigError, NonFiniteError
 from eggroll_rl.es import check_positive, check_whole
 
 _CRITIC_STREAM = 3  # spawn key of the seed, beside those of eggroll_rl.rollout
@@ -45,16 +46,13 @@ class Critic(nn.Module):
         batch_size: int = 512,
     ):
         super().__init__()
-        check_positive("critic learning_rate", learning_rate)
-        for name, value in (("n_epochs", n_epochs), ("batch_size", batch_size)):
-            check_whole(f"critic {name}", value, 1)
-        self.seed, self.n_epochs, self.batch_size = seed, n_epochs, batch_size
+        self.seed, self.net_arch, self.n_epochs, self.batch_size = seed, tuple(net_arch), n_epochs, batch_size
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(self._generator(0).integers(2**63)))
             layers: list[nn.Module] = []
-            for n_in, n_out in pairwise([n_inputs, *net_arch]):
+            for n_in, n_out in pairwise([n_inputs, *self.net_arch]):
                 layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-            self.body, self.head = nn.Sequential(*layers), nn.Linear([n_inputs, *net_arch][-1], 1)
+            self.body, self.head = nn.Sequential(*layers), nn.Linear([n_inputs, *self.net_arch][-1], 1)
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("scale", torch.zeros((), dtype=torch.float64))  # 0: nothing seen yet
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, fused=True)
@@ -71,25 +69,30 @@ class Critic(nn.Module):
         """Return values (B,), float64, of features (B, I); zeros before the first fit."""
         return (self(features).double() * self.scale + self.mean).numpy()
 
-    def fit(self, features: Tensor, targets: np.ndarray, generation: int) -> dict[str, float]:
+    @torch.enable_grad()
+    def fit(self, features: Tensor, targets: np.ndarray, generation: int) -> float:
         """Go towards targets (B,) of features (B, I), in an order that follows from the generation.
 
-        :return: value_loss (mean squared error over the targets' variance, in the last pass)
+        :return: mean squared error over the targets' running variance, in the last pass
+        :raises NonFiniteError: a parameter is not finite any more
         """
         self._rescale(targets)
         wanted = torch.from_numpy((targets - self.mean.item()) / self.scale.item()).float()
         generator = self._generator(generation + 1)
-        loss = torch.zeros(())
         for _ in range(self.n_epochs):
-            losses = []
+            total = 0.0
             for rows in torch.from_numpy(generator.permutation(len(wanted))).split(self.batch_size):
                 loss = (self(features[rows]) - wanted[rows]).square().mean()
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
-                losses.append(loss.detach() * len(rows))
-            loss = torch.stack(losses).sum() / len(wanted)
-        return {"value_loss": loss.item()}
+                total += loss.item() * len(rows)
+        if not all(parameter.isfinite().all() for parameter in self.parameters()) or not self.scale.isfinite():
+            raise NonFiniteError(
+                f"the critic's step after generation {generation} is not finite (targets from {targets.min():g} to "
+                f"{targets.max():g}): critic_kwargs may need a smaller learning_rate"
+            )
+        return total / len(wanted)
 
     @torch.no_grad()
     def _rescale(self, targets: np.ndarray) -> None:
@@ -101,6 +104,23 @@ class Critic(nn.Module):
             self.head.bias.mul_(self.scale.item()).add_(self.mean.item() - mean).div_(scale)
         self.mean.fill_(mean)
         self.scale.fill_(scale)
+
+
+def check_critic(critic_kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that :class:`Critic` would not understand, naming them."""
+    known = ("net_arch", "learning_rate", "n_epochs", "batch_size")
+    for name, value in critic_kwargs.items():
+        if name not in known:
+            raise ConfigError(f"critic_kwargs has no {name!r}; known are {', '.join(known)}")
+        if name == "learning_rate":
+            check_positive("critic_kwargs learning_rate", value)
+        elif name == "net_arch":
+            if not isinstance(value, list | tuple):
+                raise ConfigError(f"critic_kwargs net_arch must be a list of layer widths, got {value!r}")
+            for width in value:
+                check_whole("critic_kwargs net_arch: a width", width, 1)
+        else:
+            check_whole(f"critic_kwargs {name}", value, 1)
 
 
 def discounted_differences(

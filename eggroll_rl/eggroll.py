@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks, replay
 from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, time_limit
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.es import EvolutionStrategy, check_fraction, check_population, check_positive, check_whole
-from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping
+from eggroll_rl.es import EvolutionStrategy
+from eggroll_rl.fitness import FitnessShaping
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
 from eggroll_rl.rollout import Generation
 from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, make_scorer
-from eggroll_rl.settings import find_optimizer, make_schedule
+from eggroll_rl.settings import check_settings, find_optimizer, make_schedule
 from eggroll_rl.vec_env import VecEnvEvaluator
 from eggroll_rl.workers import Evaluator, count_workers, make_evaluator
 
@@ -130,8 +130,6 @@ class EGGROLL(BaseAlgorithm):
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.critic_kwargs = critic_kwargs
-        if fitness_shaping is None:
-            fitness_shaping = "pair_rank" if fitness == "segment" else "centered_rank"
         self.fitness_shaping = fitness_shaping
         self.best_fraction = best_fraction
         self.alive_bonus_offset = alive_bonus_offset
@@ -145,7 +143,7 @@ class EGGROLL(BaseAlgorithm):
         self.seed = seed
         self.noise_seed = seed
         learning_rate = make_schedule("learning_rate", learning_rate)
-        self._check_settings()
+        check_settings(self)
         if isinstance(policy, str) and policy not in self.policy_aliases:
             raise ConfigError(f"policy must be one of {', '.join(self.policy_aliases)} or a class, got {policy!r}")
 
@@ -171,30 +169,11 @@ class EGGROLL(BaseAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
-    def _check_settings(self) -> None:
-        check_population(self.population_size, self.rank, self.slice_size)
-        if self.fitness not in ("episode", "segment"):
-            raise ConfigError(f"fitness must be 'episode' or 'segment', got {self.fitness!r}")
-        check_whole("n_eval_episodes", self.n_eval_episodes, 1)
-        check_whole("segment_steps", self.segment_steps, 1)
-        for name in ("gamma", "gae_lambda"):
-            check_fraction(name, getattr(self, name))
-        if self.fitness == "segment" and self.n_eval_episodes != 1:
-            raise ConfigError(f"n_eval_episodes must be 1 with fitness='segment', got {self.n_eval_episodes}")
-        if self.n_workers is not None:
-            check_whole("n_workers", self.n_workers, 0)
-        if self.max_episode_steps is not None:
-            check_whole("max_episode_steps", self.max_episode_steps, 1)
-        if self.max_grad_norm is not None:
-            check_positive("max_grad_norm", self.max_grad_norm)
-        if self.noise_seed is not None:
-            check_whole("seed", self.noise_seed, 0)
-        if self.seed is not None and self.seed >= 2**32:
-            raise ConfigError(f"seed must be below 2**32, as SB3 seeds NumPy with it, got {self.seed}")
-        number = isinstance(self.alive_bonus_offset, int | float) and not isinstance(self.alive_bonus_offset, bool)
-        if not number or not math.isfinite(self.alive_bonus_offset):
-            raise ConfigError(f"alive_bonus_offset must be a finite number, got {self.alive_bonus_offset!r}")
-        make_fitness_shaping(self.fitness_shaping, self.best_fraction)
+    @property
+    def shaping(self) -> str | FitnessShaping:
+        """The fitness shaping in use: ``fitness_shaping``, or what suits ``fitness``."""
+        suitable = "pair_rank" if self.fitness == "segment" else "centered_rank"
+        return suitable if self.fitness_shaping is None else self.fitness_shaping
 
     # The env --------------------------------------------------------------------------------------------
 
@@ -231,9 +210,11 @@ class EGGROLL(BaseAlgorithm):
         check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
         self.n_envs = wrapped.num_envs  # nothing here depends on it, unlike in algorithms with a rollout buffer
         super().set_env(wrapped, force_reset=force_reset)
-        self._factory = factory
         self._keep_scorer_state()
-        self._scorer = None
+        if self._factory is not None and self._factory != factory:
+            # The critic may still be of use; states of another env are not.
+            self.scorer_state = {name: v for name, v in self.scorer_state.items() if not name.startswith("anchors")}
+        self._factory, self._scorer = factory, None
 
     @classmethod
     def load(cls, path: Any, env: Any = None, device: Any = "cpu", **kwargs: Any) -> Self:  # type: ignore[override]
@@ -263,7 +244,7 @@ class EGGROLL(BaseAlgorithm):
         """How members are scored, with what it keeps between generations; made when an env is there."""
         if self._scorer is None:
             self._scorer = make_scorer(
-                self.fitness, self._factory, self.policy.n_inputs, self.population_size // 2,
+                self.fitness, self._factory, self.policy, self.population_size // 2,
                 gamma=self.gamma, gae_lambda=self.gae_lambda, seed=self.noise_seed,
                 critic_kwargs=self.critic_kwargs or {},
             )  # fmt: skip
@@ -279,7 +260,7 @@ class EGGROLL(BaseAlgorithm):
         self.optimizer = find_optimizer(self.optimizer)
         if isinstance(self.learning_rate, str):
             self.learning_rate = make_schedule("learning_rate", self.learning_rate)
-        self._check_settings()
+        check_settings(self)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         if self.noise_seed is None:
@@ -305,7 +286,7 @@ class EGGROLL(BaseAlgorithm):
             optimizer_kwargs=self.optimizer_kwargs,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
-            fitness_shaping=self.fitness_shaping,
+            fitness_shaping=self.shaping,
             best_fraction=self.best_fraction,
             slice_size=self.slice_size,
         )
@@ -396,7 +377,7 @@ class EGGROLL(BaseAlgorithm):
 
     def update(self, results: list[Any]) -> None:
         """Tell the core what the members reached, then add what they saw to the normalizer."""
-        fitness_N = self.scorer.score(results, self.policy.features, self.alive_bonus_offset, self._es.generation)
+        fitness_N = self.scorer.score(results, self.alive_bonus_offset, self._es.generation)
         metrics = {**self._es.tell(fitness_N), **self.scorer.advance()}
         if self.policy.normalizer is not None:
             # After the update: one generation sees one normalizer.

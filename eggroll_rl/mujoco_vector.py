@@ -192,6 +192,8 @@ class MujocoVectorEnv(VectorEnv):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Reset the sub-envs of ``options["reset_mask"]`` (all by default).
 
+        ``options["elapsed"]`` (N,) are steps that count for the time limit as if they had been made; 0 by default.
+
         :param seed: one seed per sub-env; or one number s, for s, s + 1, ...; None goes on with a sub-env's generator
         :raises ValueError: seeds or mask have another length than there are sub-envs
         :raises TypeError: the mask is not a boolean array
@@ -210,6 +212,7 @@ class MujocoVectorEnv(VectorEnv):
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed must be one number or {self.num_envs} of them, got {len(seeds)}")
         self._reset(mask, seeds)
+        self._elapsed[mask] = (options or {}).get("elapsed", np.zeros_like(self._elapsed))[mask]
         infos: dict[str, Any] = {}
         _add_infos(infos, self.reset_infos(), mask)
         return self.observe(), infos
@@ -268,11 +271,12 @@ class MujocoVectorEnv(VectorEnv):
         return self.batch.state.copy(), self._elapsed.copy()
 
     def set_states(self, mask: np.ndarray, states: np.ndarray, elapsed: np.ndarray) -> np.ndarray:
-        """Put the masked sub-envs into the middle of episodes, and return the observations of all.
+        """Put the masked sub-envs into the middle of episodes, end those of the others, and return all observations.
 
         A state may come from another sub-env of the same task, or another process: from there on the two make the
         same steps. What MuJoCo derives from the state is computed afresh, where after a step it lags behind by one
-        physics substep: tasks that observe it (Reacher, Pusher, Ant, the two Humanoids) see a slightly later body.
+        physics substep: tasks that look at it (Reacher, Pusher, Ant, the two Humanoids) observe a slightly later body,
+        and a speed measured on it is that of one substep less in the first step.
 
         :param mask: (N,) bool
         :param states: (N, S), from :meth:`get_states`
@@ -287,12 +291,11 @@ class MujocoVectorEnv(VectorEnv):
         self.batch.state[mask] = states[mask]
         if isinstance(self.batch, ContactBatch):
             _quietly(self.batch.forward, mask, True)
-        else:
+        elif mask.any():
             _quietly(self.batch.forward, mask)
         self._elapsed[mask] = elapsed[mask]
         self._fresh |= mask
-        self._running = self._running | mask
-        self._all_run = bool(self._running.all())
+        self._running, self._all_run = mask.copy(), bool(mask.all())
         return self.observe()
 
     def _autoreset(self, running: np.ndarray, ended: np.ndarray, terms: Infos) -> dict[str, Any]:

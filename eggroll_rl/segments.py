@@ -50,6 +50,13 @@ class SegmentResult:
 Result = RolloutResult | SegmentResult
 
 
+def _padded(of_pairs: np.ndarray, size: int) -> np.ndarray:
+    """Repeat rows (P, ...) for the members of each pair, and fill with zeros to ``size``."""
+    rows = np.zeros((size, *of_pairs.shape[1:]), dtype=of_pairs.dtype)
+    rows[: 2 * len(of_pairs)] = of_pairs.repeat(2, axis=0)
+    return rows
+
+
 @torch.no_grad()
 def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs: MujocoVectorEnv) -> SegmentResult:
     """Run the slice of members that starts at ``first`` for ``segment_steps``, or to the end of their episode.
@@ -62,11 +69,9 @@ def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs:
     assert anchors is not None
     size = noise.slice_size
     pairs = slice(first // 2, (first + size) // 2)
-    new_M, ages_M, states_MS = (a[pairs].repeat(2, axis=0) for a in (anchors.new, anchors.ages, anchors.states))
-    n_members = len(new_M)  # the last slice may be short: its other rows are padding and never run
+    n_members = 2 * len(anchors.ages[pairs])  # the last slice may be short: its other rows are padding and never run
+    new_N, age_N, states_NS = (_padded(a[pairs], size) for a in (anchors.new, anchors.ages, anchors.states))
     active_N = np.arange(size) < n_members
-    reset_N = np.zeros(size, dtype=bool)
-    reset_N[:n_members] = new_M
     length_N = np.zeros(size, dtype=np.int64)
 
     def episode_error(row: int, what: str) -> EpisodeError:
@@ -74,13 +79,10 @@ def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs:
             f"generation {noise.generation}, member {first + row}, step {length_N[row]} of its segment: {what}"
         )
 
-    if reset_N.any():
+    obs = envs.set_states(active_N & ~new_N, states_NS, age_N)
+    if new_N.any():
         seeds = episode_seeds(noise, 1)[first : first + size, 0].tolist() + [None] * (size - n_members)
-        envs.reset(seed=seeds, options={"reset_mask": reset_N})
-    states_NS, age_N = envs.get_states()
-    states_NS[:n_members][~new_M] = states_MS[~new_M]
-    age_N[:n_members] = ages_M
-    obs = envs.set_states(active_N, states_NS, age_N)
+        obs, _ = envs.reset(seed=seeds, options={"reset_mask": new_N, "elapsed": age_N})
 
     obs_TNI = np.empty((n_steps + 1, size, policy.n_inputs))
     rewards_TN = np.zeros((n_steps, size))

@@ -1,11 +1,16 @@
-"""Settings given as text or numbers: schedules and optimizers."""
+"""EGGROLL's settings: schedules and optimizers given as text, and what cannot be."""
+
+import math
+from typing import Any
 
 import torch
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
+from eggroll_rl.critic import check_critic
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.es import check_positive
+from eggroll_rl.es import check_fraction, check_population, check_positive, check_whole
+from eggroll_rl.fitness import make_fitness_shaping
 
 
 def make_schedule(name: str, value: float | str | Schedule) -> Schedule:
@@ -36,3 +41,37 @@ def find_optimizer(optimizer: str | type[torch.optim.Optimizer]) -> type[torch.o
         if name.lower() == optimizer.lower():
             return value
     raise ConfigError(f"optimizer must be one of {', '.join(known)}, got {optimizer!r}")
+
+
+def check_settings(model: Any) -> None:
+    """Refuse settings of an ``EGGROLL`` that cannot be, naming the field, its value and what would be right."""
+    check_population(model.population_size, model.rank, model.slice_size)
+    _check_segments(model)
+    check_whole("n_eval_episodes", model.n_eval_episodes, 1)
+    if model.n_workers is not None:
+        check_whole("n_workers", model.n_workers, 0)
+    if model.max_episode_steps is not None:
+        check_whole("max_episode_steps", model.max_episode_steps, 1)
+    if model.max_grad_norm is not None:
+        check_positive("max_grad_norm", model.max_grad_norm)
+    if model.noise_seed is not None:
+        check_whole("seed", model.noise_seed, 0)
+    if model.seed is not None and model.seed >= 2**32:
+        raise ConfigError(f"seed must be below 2**32, as SB3 seeds NumPy with it, got {model.seed}")
+    number = isinstance(model.alive_bonus_offset, int | float) and not isinstance(model.alive_bonus_offset, bool)
+    if not number or not math.isfinite(model.alive_bonus_offset):
+        raise ConfigError(f"alive_bonus_offset must be a finite number, got {model.alive_bonus_offset!r}")
+    make_fitness_shaping(model.shaping, model.best_fraction)
+
+
+def _check_segments(model: Any) -> None:
+    if model.fitness not in ("episode", "segment"):
+        raise ConfigError(f"fitness must be 'episode' or 'segment', got {model.fitness!r}")
+    check_whole("segment_steps", model.segment_steps, 1)
+    for name in ("gamma", "gae_lambda"):
+        check_fraction(name, getattr(model, name))
+    check_critic(model.critic_kwargs or {})
+    if model.fitness == "segment" and model.n_eval_episodes != 1:
+        raise ConfigError(f"n_eval_episodes must be 1 with fitness='segment', got {model.n_eval_episodes}")
+    if model.fitness == "episode" and model.critic_kwargs:
+        raise ConfigError(f"critic_kwargs needs fitness='segment', got {model.critic_kwargs} with 'episode'")

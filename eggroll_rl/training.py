@@ -1,6 +1,7 @@
 """One training run from configuration to run folder: evaluation, checkpoints, signals, resume."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import signal
@@ -32,6 +33,7 @@ from eggroll_rl.workers import available_cores, count_workers
 SELECTION_SEED = 1_000_000
 REPORT_SEED = 2_000_000
 REPORT_EPISODES = 20
+_LAST_EPISODES = ("ep_rew_mean", "ep_len_mean")
 
 
 class Interrupted(BaseException):
@@ -241,10 +243,12 @@ class RunRecorder(GenerationCallback):
                     tensors[f"optimizer.{index}.{name}"] = value
                 elif value is not None:
                     numbers[f"{index}.{name}"] = value
+        last = model.last_generation
         about = {
             **self._about(),
             "training_seconds": self.training_seconds,
             "optimizer_numbers": numbers,
+            "last_episodes": {name: last[name] for name in _LAST_EPISODES if math.isfinite(last[name])},
             "settings": tomli_w.dumps(self.config.of_the_result()),
         }
         agents.save_tensors(self.folder / "training.safetensors", "training", tensors, about)
@@ -258,6 +262,9 @@ class RunRecorder(GenerationCallback):
         tensors, about = agents.load_tensors(path, "training")
         try:
             before, now = tomllib.loads(about["settings"]), tomllib.loads(tomli_w.dumps(self.config.of_the_result()))
+            for table in (before, now):
+                settings = RunConfig.with_defaults(table.pop("eggroll", {}))
+                table |= {f"[eggroll] {name}": value for name, value in settings.items()}
             for name in {*before, *now}:
                 if before.get(name) != now.get(name):
                     raise ValueError(f"{name} was {before.get(name)}")
@@ -274,6 +281,7 @@ class RunRecorder(GenerationCallback):
             if scorer:
                 model.scorer.load_state_dict(scorer)
             es.load_state_dict({"seed": es.seed, "generation": about["generation"], "optimizer": optimizer})
+            model.last_generation.update(about.get("last_episodes", {}))
             model._n_updates, model.num_timesteps = about["generation"], about["timesteps"]
             self.seconds_before = about["training_seconds"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:

@@ -1,6 +1,7 @@
 """``eggroll-rl tune``: search EGGROLL's settings for a task with Optuna, and write a preset.
 
-The study is a journal in the output folder: the same command goes on where it stopped.
+The study is a journal in the output folder: the same command goes on where it stopped. One command at a time: a second
+one on the same folder takes the first one's running trial for one that was cut.
 """
 
 import json
@@ -13,21 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 
 from eggroll_rl import agents
-from eggroll_rl.compare_algorithms import build, settings_of
-from eggroll_rl.compare_run import FOREVER, BudgetRecorder, BudgetSpent, Rules
-from eggroll_rl.config import RunConfig, check_names
+from eggroll_rl.compare_algorithms import Learner, build, settings_of
+from eggroll_rl.compare_run import FOREVER, BudgetRecorder, BudgetSpent, Rules, import_everything
+from eggroll_rl.config import RunConfig, check_names, without_shaping
 from eggroll_rl.envs import EnvFactory, load_preset
 from eggroll_rl.errors import ConfigError, EggrollError
+from eggroll_rl.es import check_whole
 
 OBJECTIVES = ("final", "mean")
-_NETWORKS: dict[str, dict[str, Any]] = {
-    "linear": {"policy": "LinearPolicy", "policy_kwargs": {"with_bias": True}},
-    "16": {"policy": "MlpPolicy", "policy_kwargs": {"net_arch": [16]}},
-    "32": {"policy": "MlpPolicy", "policy_kwargs": {"net_arch": [32]}},
-    "64-64": {"policy": "MlpPolicy", "policy_kwargs": {"net_arch": [64, 64]}},
-}
+_NETWORKS: dict[str, list[int]] = {"linear": [], "16": [16], "32": [32], "64-64": [64, 64]}
 # A list is a choice; a table is a number between low and high, on a logarithmic scale.
 _SHARED: dict[str, Any] = {
     "sigma": {"low": 0.01, "high": 0.3},
@@ -68,6 +66,7 @@ class Search:
             raise ConfigError(f"fitness must be one of {', '.join(SPACES)}, got {self.fitness!r}")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        check_whole("seeds", self.seeds, 1)
 
 
 def tune(search: Search, n_trials: int, folder: Path) -> dict[str, Any]:
@@ -88,19 +87,24 @@ def tune(search: Search, n_trials: int, folder: Path) -> dict[str, Any]:
     preset = load_preset(search.env)
     config = RunConfig.from_dict(preset, search.env)
     factory = config.factory(search.rules.gym_packages)
-    base = settings_of(preset, "eggroll", factory().observation_space)
+    base = _base(settings_of(preset, "eggroll", factory().observation_space), search.fitness)
     space = _space(search.fitness, preset.get("tune", {}), f"{search.env} [tune]")
+    torch.set_num_threads(search.rules.torch_threads)
+    import_everything("eggroll")
+    _close(build("eggroll", base, replace(config), factory, search.rules.n_cores))  # refuses what cannot be, at once
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder / "study.log"))),
-        study_name=config.env_id,
+        study_name="tune",
         direction="maximize",
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(n_startup_trials=10),
+        sampler=optuna.samplers.TPESampler(n_startup_trials=10, seed=0),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=search.rules.evaluations // 3),
     )
-    about = json.loads(json.dumps({"search": asdict(search), "space": space, "settings": base}))
+    told = asdict(search)
+    del told["rules"]["n_cores"]
+    about = json.loads(json.dumps({"search": told, "space": space, "settings": base}))
     before = study.user_attrs.get("about", about)
     for part, value in about.items():
         if before[part] != value:
@@ -113,16 +117,18 @@ def tune(search: Search, n_trials: int, folder: Path) -> dict[str, Any]:
         study.enqueue_trial(_start(base, space))
     while _n_done(study) < n_trials:
         trial = study.ask()
-        settings = _settings(base, search.fitness, {name: _suggest(trial, name, space[name]) for name in space})
+        settings = _settings(base, {name: _suggest(trial, name, space[name]) for name in space})
         print(f"trial {trial.number}: {trial.params}", file=sys.stderr)
         try:
             study.tell(trial, _value(trial, search, settings, config, factory))
         except optuna.TrialPruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        except EggrollError as error:
-            print(f"  failed: {' '.join(str(error).split())}", file=sys.stderr)
+        except Exception as error:
             trial.set_user_attr("error", str(error))
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            if not isinstance(error, EggrollError) or isinstance(error, ConfigError):
+                raise
+            print(f"  failed: {' '.join(str(error).split())}", file=sys.stderr)
         _write(study, search, base, config, folder)
     return _write(study, search, base, config, folder)
 
@@ -135,15 +141,36 @@ def _n_done(study: Any) -> int:
     )
 
 
+def _base(settings: dict[str, Any], fitness: str) -> dict[str, Any]:
+    """Return the settings that hold where the space says nothing else."""
+    if settings.get("fitness", "episode") != fitness:
+        settings = without_shaping(settings)
+    return {**settings, "fitness": fitness}
+
+
 def _space(fitness: str, own: Any, where: str) -> dict[str, Any]:
-    check_names(own, [*SPACES["episode"], *SPACES["segment"]], where)
-    space = {**SPACES[fitness], **own}
+    known = {**SPACES["episode"], **SPACES["segment"]}
+    check_names(own, list(known), where)
+    space = {name: own.get(name, values) for name, values in SPACES[fitness].items()}
     for name, values in space.items():
-        if isinstance(values, list) and values:
-            continue
-        if not isinstance(values, dict) or set(values) != {"low", "high"} or not 0 < values["low"] <= values["high"]:
-            raise ConfigError(f"{where}: {name} must be a list or a table with low and high, above 0, got {values!r}")
+        if isinstance(known[name], dict):
+            _check_range(f"{where} {name}", values)
+        elif not isinstance(values, list) or not values:
+            raise ConfigError(f"{where} {name} must be a list of choices, got {values!r}")
+        elif isinstance(known[name][0], str) and not set(values) <= set(known[name]):
+            raise ConfigError(f"{where} {name} must be some of {', '.join(known[name])}, got {values!r}")
+        elif not isinstance(known[name][0], str) and not all(isinstance(v, int | float) and v > 0 for v in values):
+            raise ConfigError(f"{where} {name} must be a list of numbers above 0, got {values!r}")
     return space
+
+
+def _check_range(name: str, values: Any) -> None:
+    choices = values if isinstance(values, list) else list(values.values()) if isinstance(values, dict) else []
+    is_range = isinstance(values, list) or (isinstance(values, dict) and set(values) == {"low", "high"})
+    if not choices or not is_range or not all(isinstance(v, int | float) and v > 0 for v in choices):
+        raise ConfigError(f"{name} must be a list of numbers or a table with low and high, above 0, got {values!r}")
+    if isinstance(values, dict) and values["low"] > values["high"]:
+        raise ConfigError(f"{name}: low must not be above high, got {values!r}")
 
 
 def _suggest(trial: Any, name: str, values: Any) -> Any:
@@ -154,16 +181,14 @@ def _suggest(trial: Any, name: str, values: Any) -> Any:
 
 def _start(base: dict[str, Any], space: dict[str, Any]) -> dict[str, Any]:
     """Return what the preset's own settings are in the space, as far as they lie in it: the first trial."""
-    rate = base.get("learning_rate")
-    named = {
-        **base,
-        "schedule": "linear" if isinstance(rate, str) else "constant",
-        "learning_rate": float(rate.removeprefix("lin_")) if isinstance(rate, str) else rate,
-    }
-    for name, network in _NETWORKS.items():
-        arch = network["policy_kwargs"].get("net_arch")
-        if base.get("policy") == network["policy"] and base.get("policy_kwargs", {}).get("net_arch") == arch:
-            named["network"] = name
+    base = RunConfig.with_defaults(base)
+    rate, linear = base["learning_rate"], False
+    if isinstance(rate, str):
+        linear, rate = rate.startswith("lin_"), float(rate.removeprefix("lin_"))
+    named = {**base, "schedule": "linear" if linear else "constant", "learning_rate": rate}
+    net_arch = base.get("policy_kwargs", {}).get("net_arch", [64, 64])
+    if base.get("policy", "MlpPolicy") == "MlpPolicy" and net_arch in _NETWORKS.values():
+        named["network"] = next(name for name, widths in _NETWORKS.items() if widths == net_arch)
     return {name: named[name] for name, values in space.items() if name in named and _lies_in(named[name], values)}
 
 
@@ -173,37 +198,35 @@ def _lies_in(value: Any, values: Any) -> bool:
     return isinstance(value, int | float) and values["low"] <= value <= values["high"]
 
 
-def _settings(base: dict[str, Any], fitness: str, chosen: dict[str, Any]) -> dict[str, Any]:
+def _settings(base: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     """Turn a point of the space into EGGROLL's settings."""
     chosen = dict(chosen)
-    network, schedule = chosen.pop("network", None), chosen.pop("schedule", "constant")
-    settings = {**base, "fitness": fitness, **chosen}
-    if network is not None:
-        own = base.get("policy_kwargs", {})
-        kept = {name: own[name] for name in ("normalize_obs", "squash_output") if name in own}
-        settings.update(_NETWORKS[network])
-        settings["policy_kwargs"] = {**kept, **_NETWORKS[network]["policy_kwargs"]}
+    network, schedule = chosen.pop("network"), chosen.pop("schedule")
+    settings = {**base, **chosen, "policy": "MlpPolicy"}
+    settings["policy_kwargs"] = {**base.get("policy_kwargs", {}), "net_arch": _NETWORKS[network]}
     if schedule == "linear":
         settings["learning_rate"] = f"lin_{settings['learning_rate']:.6g}"
     # Two slices, for two workers: part of the result, whatever the machine.
-    settings["slice_size"] = max(2, settings.get("population_size", 64) // 4 * 2)
+    settings["slice_size"] = max(2, settings["population_size"] // 4 * 2)
     return settings
 
 
 def _value(trial: Any, search: Search, settings: dict[str, Any], config: RunConfig, factory: EnvFactory) -> float:
-    """Run a trial's seeds one after the other; prune it at an evaluation if it lags behind the others."""
+    """Run a trial's seeds one after the other; prune it in the first if it lags behind the others."""
     import optuna
 
     values: list[float] = []
     for seed in range(search.seeds):
         returns: list[float] = []
 
-        def report(mean: float, returns: list[float] = returns) -> None:
+        def report(point: int, mean: float, returns: list[float] = returns) -> None:
+            if point == 0:
+                return  # nothing is learned yet
             returns.append(mean)
-            so_far = statistics.fmean(returns) if search.objective == "mean" else mean
-            trial.report(statistics.fmean([*values, so_far]), len(values) * 1000 + len(returns))
-            if trial.should_prune():
-                raise optuna.TrialPruned
+            if not values:
+                trial.report(statistics.fmean(returns) if search.objective == "mean" else mean, point)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
 
         steps = _run(settings, replace(config, seed=seed), factory, search.rules, report)
         values.append(statistics.fmean(returns) if search.objective == "mean" else returns[-1])
@@ -212,19 +235,26 @@ def _value(trial: Any, search: Search, settings: dict[str, Any], config: RunConf
 
 
 def _run(
-    settings: dict[str, Any], config: RunConfig, factory: EnvFactory, rules: Rules, report: Callable[[float], None]
+    settings: dict[str, Any], config: RunConfig, factory: EnvFactory, rules: Rules, report: Callable[[int, float], None]
 ) -> int:
     """Train once, and return the env steps made."""
     started = time.perf_counter()
     learner = build("eggroll", settings, config, factory, rules.n_cores)
-    recorder = BudgetRecorder(f"  seed {config.seed}", factory, rules, started, report)
+    recorder = BudgetRecorder(f"  seed {config.seed}", factory, rules, started, on_evaluation=report)
     try:
         learner.learn(rules.timesteps or FOREVER, recorder)
         recorder.between_updates()
     except BudgetSpent:
         pass
+    finally:
+        _close(learner)
     recorder.finish()
     return recorder.evaluations[-1]["timesteps"]
+
+
+def _close(learner: Learner) -> None:
+    if learner.model.env is not None:
+        learner.model.env.close()
 
 
 def _write(study: Any, search: Search, base: dict[str, Any], config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -243,10 +273,10 @@ def _write(study: Any, search: Search, base: dict[str, Any], config: RunConfig, 
     if not complete:
         return {}
     best = max(complete, key=lambda trial: trial.value)
-    settings = _settings(base, search.fitness, best.params)
+    settings = _settings(base, best.params)
     task = {name: getattr(config, name) for name in ("env_id", "env_kwargs", "wrappers", "max_episode_steps")}
     table = {name: value for name, value in task.items() if value not in (None, {}, [])}
-    table |= {"total_timesteps": search.rules.timesteps or best.user_attrs["timesteps"], "eggroll": settings}
+    table |= {"total_timesteps": search.rules.timesteps or max(best.user_attrs["timesteps"], 1), "eggroll": settings}
     value = f"{search.objective} return {best.value:.6g} over {search.seeds} seeds"
     about = f"# eggroll-rl tune {search.env}: trial {best.number} of {len(rows)}, {value}\n"
     agents.write_atomic(folder / "preset.toml", (about + tomli_w.dumps(table)).encode())

@@ -1,10 +1,14 @@
 """Segments: cloned states against running on, slices against single members, scores against hand calculations."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
 import toy
 from gymnasium.vector import AutoresetMode
+from safetensors.numpy import load_file
+from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from test_workers import digest, trained
 
 from eggroll_rl import EGGROLL
@@ -12,6 +16,7 @@ from eggroll_rl.config import RunConfig
 from eggroll_rl.critic import Critic, discounted_differences
 from eggroll_rl.envs import env_factory
 from eggroll_rl.errors import ConfigError, NonFiniteError
+from eggroll_rl.fitness import pair_rank
 from eggroll_rl.mujoco_tasks import TASKS
 from eggroll_rl.rollout import Anchors, Generation
 from eggroll_rl.segments import segment_rollout
@@ -148,11 +153,34 @@ def test_members_of_a_pair_start_alike_and_new_episodes_differ(model):
 
 
 def test_a_short_last_slice_has_padding_that_does_not_run(model):
-    # 6 pairs in slices of 8 members: the second has 4 real ones.
+    # 6 pairs in slices of 8 members: the second has 4 real ones, in envs that ran 8 before.
     other = EGGROLL("MlpPolicy", "Hopper-v5", seed=3, policy_kwargs={"net_arch": [8]}, **{**SETTINGS, "slice_size": 8})
-    generation = generation_of(other, other.scorer.anchors, 5)
-    result = segment_rollout(other.policy, generation, 8, vector("Hopper-v5", 8))
+    generation, envs = generation_of(other, other.scorer.anchors, 5), vector("Hopper-v5", 8)
+    segment_rollout(other.policy, generation, 0, envs)
+    before, _ = envs.get_states()
+    result = segment_rollout(other.policy, generation, 8, envs)
+    assert np.array_equal(envs.get_states()[0][4:], before[4:])
+    alone = segment_rollout(other.policy, generation, 8, vector("Hopper-v5", 8))
+    assert np.array_equal(result.states, alone.states) and np.array_equal(result.obs, alone.obs)
     assert result.lengths.shape == (4,) and result.moments.count.tolist() == result.lengths.tolist()
+
+
+def test_a_new_episode_that_has_an_age_is_cut_short(model):
+    anchors = Anchors(np.zeros_like(model.scorer.anchors.states), np.array([998, 0, 0, 0, 0, 0]), np.ones(6, bool))
+    result = segment_rollout(model.policy, generation_of(model, anchors, 5), 0, vector("Hopper-v5", 4))
+    assert result.lengths.tolist() == [2, 2, 5, 5] and result.truncated.tolist() == [True, True, False, False]
+
+
+def test_a_new_episode_observes_what_a_reset_does():
+    """Contact forces are zero after Gymnasium's reset, and computed afresh for a clone."""
+    envs = vector("Ant-v5", 2)
+    reset, _ = envs.reset(seed=4, options={"reset_mask": np.ones(2, bool), "elapsed": np.array([7, 0])})
+    assert np.array_equal(reset, vector("Ant-v5", 2).reset(seed=4)[0])
+    assert envs.get_states()[1].tolist() == [7, 0]
+    assert not reset[:, -78:].any()
+    run(envs, np.zeros((20, 2, 8), np.float32))
+    cloned = envs.set_states(np.ones(2, bool), *envs.get_states())
+    assert cloned[:, -78:].any(axis=1).all()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -178,7 +206,7 @@ def test_the_critic_learns_and_keeps_its_opinion_when_the_scale_moves():
     targets = 300 + 50 * np.sin(features[:, 0].numpy()) + 20 * features[:, 1].numpy()
     critic = Critic(3, seed=0)
     assert not critic.values(features).any()
-    losses = [critic.fit(features, targets, g)["value_loss"] for g in range(30)]
+    losses = [critic.fit(features, targets, g) for g in range(30)]
     assert losses[-1] < 0.05 < losses[0]
     assert np.abs(critic.values(features) - targets).mean() < 6
     before = critic.values(features)
@@ -202,18 +230,42 @@ def test_the_critic_is_a_function_of_its_seed():
 
 def test_a_pair_goes_on_from_one_of_its_members():
     model = EGGROLL("MlpPolicy", "HalfCheetah-v5", seed=0, n_workers=0, **SETTINGS)
+    started = model.scorer.anchors
+    started.ages[:] = [0, 100, 200, 300, 400, 997]  # the last one ends after 3 steps
     generation, envs = model.next_generation(), vector("HalfCheetah-v5", 4)
     results = [segment_rollout(model.policy, generation, first, envs) for first in (0, 4, 8)]
-    ages = model.scorer.anchors.ages
-    model.scorer.score(results, model.policy.features, 0.0, 0)
-    assert model.scorer.anchors.new.all()  # nothing has changed yet
+    model.scorer.score(results, 0.0, 0)
+    assert model.scorer.anchors is started  # nothing has changed yet
     model.scorer.advance()
     anchors, ends = model.scorer.anchors, np.concatenate([result.states for result in results])
     for pair in range(6):
         assert any(np.array_equal(anchors.states[pair], ends[2 * pair + i]) for i in (0, 1))
-    running = ~anchors.new
-    assert np.array_equal(anchors.ages[running], ages[running] + 5)
-    assert not anchors.ages[anchors.new].any()
+    assert anchors.new.tolist() == [False] * 5 + [True]
+    assert anchors.ages.tolist() == [5, 105, 205, 305, 405, 0]
+
+
+def test_a_signal_in_the_middle_of_learning_leaves_the_critic_as_it_was(monkeypatch):
+    model = segments_trained(0)
+    before = {name: tensor.clone() for name, tensor in model.scorer.critic.state_dict().items()}
+    assert model.scorer._kept.samples is not None
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.scorer.critic.optimizer.__class__, "zero_grad", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            model.scorer.learn()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.scorer.critic.state_dict().items())
+    assert scorer_bytes(model) == scorer_bytes(segments_trained(0))
+
+
+def test_a_critic_that_diverges_is_named_and_not_kept():
+    settings = {**SETTINGS, "critic_kwargs": {"learning_rate": 1e38}}
+    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, **settings)
+    with pytest.raises(NonFiniteError, match="the critic's step after generation .* smaller learning_rate"):
+        model.learn(3000)
+    assert all(tensor.isfinite().all() for tensor in model.scorer.critic.state_dict().values())
 
 
 def test_episodes_are_counted_over_segments():
@@ -227,7 +279,6 @@ def test_episodes_are_counted_over_segments():
     length = int(terminations[:, 0].argmax()) + 1
     lengths = [episode["l"] for episode in model.ep_info_buffer]
     assert len(lengths) > 10
-    # Some were cut short by the random age at the start.
     assert np.median(lengths) == pytest.approx(length, abs=6)
     assert np.median([e["r"] for e in model.ep_info_buffer]) == pytest.approx(rewards[:length].sum(), rel=0.15)
 
@@ -245,7 +296,7 @@ def scorer_bytes(model):
 
 
 def test_the_result_is_the_same_to_the_bit_for_any_number_of_workers():
-    models = [segments_trained(n) for n in (0, 1, 2)]
+    models = [segments_trained(n, slice_size=8) for n in (0, 1, 2)]  # a short last slice, too
     assert len({digest(model) for model in models}) == 1
     assert scorer_bytes(models[0]) == scorer_bytes(models[2])
     assert digest(segments_trained(0, seed=1)) != digest(models[0])
@@ -258,12 +309,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     train(config(1200), tmp_path / "whole", progress_bar=False)
     train(config(600), tmp_path / "cut", progress_bar=False)
     train(config(1200), tmp_path / "cut", resume=True, progress_bar=False)
-    from safetensors.numpy import load_file
-
     whole, cut = (load_file(tmp_path / name / "training.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and any(name.startswith("scorer.critic.") for name in whole)
     for name in whole:
-        assert np.array_equal(whole[name], cut[name]), name
+        assert np.array_equal(whole[name], cut[name], equal_nan=True), name
+    curves = [list(csv.DictReader((tmp_path / n / "progress.csv").read_text().splitlines())) for n in ("whole", "cut")]
+    assert len(curves[0]) > 15
+    for row, other in zip(*curves, strict=True):
+        assert {**row, "seconds": ""} == {**other, "seconds": ""}
 
 
 def test_a_saved_model_goes_on_as_if_it_had_not_been(tmp_path):
@@ -277,12 +330,55 @@ def test_a_saved_model_goes_on_as_if_it_had_not_been(tmp_path):
     assert scorer_bytes(loaded) == scorer_bytes(model)
 
 
-def test_a_failed_update_leaves_the_anchors_where_they_were():
-    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, fitness_shaping=lambda f: f * np.nan, **SETTINGS)
-    before = scorer_bytes(model)
+def test_a_failed_update_changes_nothing():
+    calls = []
+
+    def fails_once(fitness):
+        calls.append(1)
+        return fitness * (np.nan if len(calls) == 3 else 1)
+
+    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, fitness_shaping=fails_once, **SETTINGS)
     with pytest.raises(NonFiniteError):
-        model.learn(600)
-    assert scorer_bytes(model) == before
+        model.learn(600, log_interval=None)
+    assert model.scorer.anchors.new.sum() < 6  # two generations were made
+    assert model._n_updates == 2
+    model.learn(1, log_interval=None, reset_num_timesteps=False)
+    other = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, fitness_shaping=lambda f: f * 1, **SETTINGS)
+    for _ in range(3):
+        other.learn(1, log_interval=None, reset_num_timesteps=False)
+    assert model._n_updates == other._n_updates == 3
+    assert digest(model) == digest(other) and scorer_bytes(model) == scorer_bytes(other)
+
+
+def test_callbacks_by_step_see_the_episodes():
+    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, **SETTINGS)
+    anchors = None
+    model.learn(50_000, callback=StopTrainingOnMaxEpisodes(4), log_interval=None)
+    assert model.num_timesteps < 20_000 and len(model.ep_info_buffer) >= 4
+    anchors = model.scorer.anchors
+    model.learn(60, log_interval=None, reset_num_timesteps=False)  # goes on
+    assert model.scorer.anchors is not anchors
+
+
+def test_another_env_takes_the_critic_and_starts_new_episodes(tmp_path):
+    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, **SETTINGS).learn(600, log_interval=None)
+    assert not model.scorer.anchors.new.all()
+    critic = model.scorer.state_dict()["critic.head.weight"].clone()
+    model.set_env("Hopper-v5", env_kwargs={"healthy_z_range": (0.9, 9.0)})
+    assert model.scorer.anchors.new.all()
+    assert torch.equal(model.scorer.state_dict()["critic.head.weight"], critic)
+    model.save(tmp_path / "model")
+    with pytest.raises(ConfigError, match="critic_kwargs .*do not fit the saved critic"):
+        loaded = EGGROLL.load(tmp_path / "model", env="Hopper-v5", critic_kwargs={"net_arch": [8]})
+        loaded.learn(60)
+
+
+def test_fitness_shaping_follows_fitness(tmp_path):
+    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0)
+    assert model.shaping == "centered_rank"
+    model.save(tmp_path / "model")
+    loaded = EGGROLL.load(tmp_path / "model", env="Hopper-v5", fitness="segment")
+    assert loaded.shaping == "pair_rank" and loaded.evolution_strategy.fitness_shaping is pair_rank
 
 
 @pytest.mark.parametrize(
@@ -293,6 +389,14 @@ def test_a_failed_update_leaves_the_anchors_where_they_were():
         ("Hopper-v5", {"fitness": "steps"}, "fitness must be 'episode' or 'segment', got 'steps'"),
         ("Hopper-v5", {"segment_steps": 0}, "segment_steps must be a whole number, at least 1, got 0"),
         ("Hopper-v5", {"gamma": 1.5}, "gamma must be a number from 0 to 1, got 1.5"),
+        ("Hopper-v5", {"critic_kwargs": {"n_epoch": 2}}, "critic_kwargs has no 'n_epoch'; known are net_arch"),
+        ("Hopper-v5", {"critic_kwargs": {"net_arch": [0]}}, "critic_kwargs net_arch: a width must be .* got 0"),
+        ("Hopper-v5", {"critic_kwargs": {"net_arch": 64}}, "critic_kwargs net_arch must be a list .* got 64"),
+        (
+            "Hopper-v5",
+            {"fitness": "episode", "critic_kwargs": {"n_epochs": 2}},
+            "critic_kwargs needs fitness='segment'",
+        ),
         ("Hopper-v5", {"n_eval_episodes": 2}, "n_eval_episodes must be 1 with fitness='segment', got 2"),
     ],
 )

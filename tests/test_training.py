@@ -4,16 +4,18 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 import toy
 from gymnasium.envs.registration import register, registry
 
 from eggroll_rl import agents, training
-from eggroll_rl.agents import load_policy, load_tensors, read_csv
+from eggroll_rl.agents import load_policy, load_tensors, read_csv, save_tensors
 from eggroll_rl.config import RunConfig
 from eggroll_rl.errors import ConfigError, EpisodeError, RunFolderError
 from eggroll_rl.training import Interrupted, load_run_config, train
@@ -208,6 +210,24 @@ def test_a_checkpoint_of_another_network_does_not_fit(finished, tmp_path):
     changed = config(eggroll={**config().eggroll, "policy_kwargs": {"net_arch": [5]}})
     with pytest.raises(RunFolderError, match="does not fit"):
         train(changed, tmp_path / "copy", resume=True)
+
+
+def test_a_run_of_an_older_version_with_fewer_settings_is_resumed(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    saved, about = load_tensors(folder / "training.safetensors", "training")
+    new = ("fitness", "segment_steps", "gamma", "gae_lambda")
+
+    def older(text):
+        table = tomllib.loads(text)
+        table["eggroll"] = {name: value for name, value in table["eggroll"].items() if name not in new}
+        return tomli_w.dumps(table)
+
+    assert all(name in about["settings"] for name in new)
+    about["settings"] = older(about["settings"])
+    save_tensors(folder / "training.safetensors", "training", saved, about)
+    (folder / "config.toml").write_text(older((folder / "config.toml").read_text()))
+    train(load_run_config(folder), folder, resume=True, progress_bar=False)
 
 
 def test_a_changed_configuration_is_not_resumed(finished, tmp_path):

@@ -1,13 +1,14 @@
 import csv
 import tomllib
+from dataclasses import replace
 
 import pytest
 
 from eggroll_rl import cli
 from eggroll_rl.compare_run import Rules
 from eggroll_rl.config import RunConfig
-from eggroll_rl.errors import ConfigError
-from eggroll_rl.tune import SPACES, Search, _settings, _start, tune
+from eggroll_rl.errors import ConfigError, EpisodeError
+from eggroll_rl.tune import SPACES, Search, _settings, _space, _start, tune
 
 optuna = pytest.importorskip("optuna")
 
@@ -92,20 +93,85 @@ def test_a_trial_that_was_cut_runs_again(search, tmp_path, monkeypatch):
 
 
 def test_a_point_of_the_space_becomes_settings():
-    base = {"population_size": 64, "policy": "MlpPolicy", "policy_kwargs": {"net_arch": [32]}, "learning_rate": 0.01}
+    base = {"population_size": 64, "policy_kwargs": {"net_arch": [32], "squash_output": True}, "learning_rate": 0.01}
     assert _start(base, SPACES["segment"]) == {
-        "population_size": 64, "learning_rate": 0.01, "schedule": "constant", "network": "32",
+        "population_size": 64, "learning_rate": 0.01, "schedule": "constant", "network": "32", "sigma": 0.05,
+        "segment_steps": 16, "gamma": 0.98,
     }  # fmt: skip
     chosen = {"population_size": 32, "learning_rate": 0.02, "schedule": "linear", "network": "linear", "gamma": 0.99}
-    assert _settings(base, "segment", chosen) == {
-        "fitness": "segment",
+    assert _settings(base, chosen) == {
         "population_size": 32,
         "slice_size": 16,
         "learning_rate": "lin_0.02",
         "gamma": 0.99,
-        "policy": "LinearPolicy",
-        "policy_kwargs": {"with_bias": True},
+        "policy": "MlpPolicy",
+        "policy_kwargs": {"net_arch": [], "squash_output": True},
     }
+
+
+def test_lagging_trials_are_pruned_in_their_first_seed(search, tmp_path, monkeypatch):
+    """Trials 0 to 7 end at their number; later ones report less than the median and are cut at once."""
+    from eggroll_rl import tune as module
+
+    runs = []
+
+    def run(settings, config, factory, rules, report):
+        runs.append(config.seed)
+        good = 10.0 if len(runs) <= 16 else 1.0
+        for point in range(3):
+            report(point, good + point if point else 1000.0)  # the untrained policy does not count
+        return 100
+
+    monkeypatch.setattr(module, "_run", run)
+    tune(search, 10, tmp_path / "study")
+    states = [row["state"] for row in rows(tmp_path / "study")]
+    assert states == ["complete"] * 8 + ["pruned"] * 2
+    assert runs == [0, 1] * 8 + [0, 0]
+    assert {row["value"] for row in rows(tmp_path / "study")[:8]} == {"12.0"}
+
+
+def test_the_mean_over_evaluations_asks_for_speed(search, tmp_path, monkeypatch):
+    from eggroll_rl import tune as module
+
+    monkeypatch.setattr(module, "_run", lambda *args: [args[-1](point, 6.0 * point) for point in range(3)] and 100)
+    tune(replace(search, objective="mean"), 1, tmp_path / "study")
+    assert rows(tmp_path / "study")[0]["value"] == "9.0"  # of 6 and 12
+
+
+def test_a_trial_that_fails_is_counted_and_the_search_goes_on(search, tmp_path, monkeypatch):
+    from eggroll_rl import tune as module
+
+    def run(settings, config, *args):
+        raise EpisodeError("the physics diverged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_run", run)
+        assert tune(search, 2, tmp_path / "study") == {}
+    assert [row["state"] for row in rows(tmp_path / "study")] == ["fail", "fail"]
+    assert tune(search, 3, tmp_path / "study")
+
+
+def test_segments_of_an_env_that_cannot_be_copied_are_refused_at_once(search, tmp_path):
+    with pytest.raises(ConfigError, match="use fitness='episode'"):
+        tune(replace(search, fitness="segment"), 2, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"sigma": {"low": "a", "high": 1}}, "sigma must be a list of numbers or a table with low and high"),
+        ({"sigma": {"low": 2, "high": 1}}, "sigma: low must not be above high"),
+        ({"network": ["128"]}, "network must be some of linear, 16, 32, 64-64"),
+        ({"schedule": ["cosine"]}, "schedule must be some of constant, linear"),
+        ({"population_size": {"low": 8, "high": 64}}, "population_size must be a list of choices"),
+        ({"learning_rate": ["lin_0.02"]}, "learning_rate must be a list of numbers or a table"),
+        ({"sigmas": [1]}, "unknown setting 'sigmas'; did you mean sigma"),
+    ],
+)
+def test_mistakes_in_the_space(table, message):
+    with pytest.raises(ConfigError, match=message):
+        _space("episode", table, "test [tune]")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +179,7 @@ def test_a_point_of_the_space_becomes_settings():
     [
         (["--fitness", "steps", "--timesteps", "10"], "fitness must be one of episode, segment, got 'steps'"),
         (["--objective", "best", "--timesteps", "10"], "objective must be one of final, mean, got 'best'"),
-        ([], "needs a budget"),
+        ([], "a budget is needed"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message, monkeypatch, capsys, tmp_path):
