@@ -222,7 +222,7 @@ def test_finished_runs_are_used_again_and_broken_ones_redone(tmp_path, in_this_p
         (["--algos", "eggroll", "pppo", "--seconds", "1"], "algo must be one of"),
         (["--algos", "eggroll", "eggroll", "--seconds", "1"], "must be different"),
         (["--algos", "eggroll", "--seconds", "1", "--threshold", "nan"], "thresholds must be finite"),
-        (["--algos", "eggroll"], "needs a budget"),
+        (["--algos", "eggroll"], "a budget is needed"),
         (["--algos", "eggroll", "--seconds", "-1"], "seconds must be"),
         (["--algos", "eggroll", "--timesteps", "0"], "timesteps must be"),
         (["--algos", "eggroll", "--seconds", "1", "--evaluations", "0"], "evaluations must be"),
