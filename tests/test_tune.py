@@ -30,6 +30,12 @@ network = ["linear", "16"]
 """
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Results are the same, and no process has to start."""
+    monkeypatch.setattr("eggroll_rl.eggroll.count_workers", lambda *sizes: 0)
+
+
 @pytest.fixture
 def search(tmp_path):
     (tmp_path / "pendulum.toml").write_text(PRESET)
