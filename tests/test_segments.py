@@ -353,7 +353,6 @@ def test_a_failed_update_changes_nothing():
 
 def test_callbacks_by_step_see_the_episodes():
     model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, **SETTINGS)
-    anchors = None
     model.learn(50_000, callback=StopTrainingOnMaxEpisodes(4), log_interval=None)
     assert model.num_timesteps < 20_000 and len(model.ep_info_buffer) >= 4
     anchors = model.scorer.anchors
