@@ -195,7 +195,8 @@ def evaluate(model: Path, n_eval_episodes: int, seed: int, as_json: bool, **opti
 @click.option("--output", "-o", type=click.Path(path_type=Path), help=".mp4 or .gif. [default: videos/ENV-MODEL.mp4]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Reset seed of the episode.")
 @click.option("--plain", is_flag=True, help="No shadows and reflections: ten times faster without a GPU.")
-def record(models: tuple[Path, ...], output: Path | None, seed: int, plain: bool, **options: Any) -> None:
+@click.option("--scale", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Of the picture, or each tile.")
+def record(models: tuple[Path, ...], output: Path | None, seed: int, plain: bool, scale: float, **options: Any) -> None:
     """Record one episode of each MODEL, a run folder or an SB3 .zip, as a video; several side by side."""
     from eggroll_rl import videos
 
@@ -205,9 +206,9 @@ def record(models: tuple[Path, ...], output: Path | None, seed: int, plain: bool
         output = Path("videos") / f"{task_folder(models[0]).name}-{names}.mp4"
     bar = sys.stderr.isatty()
     if len(agents) == 1:
-        recordings = [videos.record(agents[0], output, seed, plain, progress_bar=bar)]
+        recordings = [videos.record(agents[0], output, seed, plain, scale, progress_bar=bar)]
     else:
-        recordings = videos.record_side_by_side(agents, output, seed, plain, progress_bar=bar)
+        recordings = videos.record_side_by_side(agents, output, seed, plain, scale, progress_bar=bar)
     for agent, video in zip(agents, recordings, strict=True):
         click.echo(
             f"{video.path}: {agent.name}, {video.frames} frames, {video.seconds:.1f} s at {video.fps:g} frames/s, "

@@ -42,13 +42,16 @@ class Recording:
     seconds: float
 
 
-def record(agent: Agent, output: Path, seed: int = 0, plain: bool = False, progress_bar: bool = True) -> Recording:
+def record(
+    agent: Agent, output: Path, seed: int = 0, plain: bool = False, scale: float = 1.0, progress_bar: bool = True
+) -> Recording:
     """Record the episode that starts from reset seed ``seed``, to its end.
 
     Rendering reads the simulation and never advances it: the episode is the one that runs unrecorded.
 
     :param output: ``.mp4`` (H.264, yuv420p, which every browser plays) or ``.gif``
     :param plain: MuJoCo without shadows, reflections and smoothing, which is ten times faster without a GPU
+    :param scale: of both sides of the picture, above 0 and at most 1
     :raises ConfigError: another suffix
     :raises RenderError: nothing can render here; the text says what to install
     """
@@ -57,7 +60,7 @@ def record(agent: Agent, output: Path, seed: int = 0, plain: bool = False, progr
     env = _build(agent, "rgb_array", plain)
     try:
         total, fps = time_limit(env), _fps(env)
-        episode = _Episode(env, agent, seed)
+        episode = _Episode(env, agent, seed, scale)
         _write(output, fps, tqdm(episode, total=total and total + 1, desc="recording", disable=not progress_bar))
     finally:
         env.close()
@@ -65,12 +68,18 @@ def record(agent: Agent, output: Path, seed: int = 0, plain: bool = False, progr
 
 
 def record_side_by_side(
-    agents: Sequence[Agent], output: Path, seed: int = 0, plain: bool = False, progress_bar: bool = True
+    agents: Sequence[Agent],
+    output: Path,
+    seed: int = 0,
+    plain: bool = False,
+    scale: float = 1.0,
+    progress_bar: bool = True,
 ) -> list[Recording]:
     """Record the agents' episodes from reset seed ``seed`` as tiles of one video, with names and running returns.
 
     An episode that has ended keeps its last frame, greyed, until the longest one ends.
 
+    :param scale: of each tile, as :func:`record`'s
     :return: one recording per agent, all of them of the same file; ``frames`` are those of its own episode
     :raises ConfigError: another suffix, or envs with different frame rates
     :raises RenderError: as :func:`record`
@@ -84,7 +93,7 @@ def record_side_by_side(
         rates = {_fps(env) for env in envs}
         if len(rates) > 1:
             raise ConfigError(f"side by side needs one frame rate, got {', '.join(map(str, sorted(rates)))}")
-        episodes = [_Episode(env, agent, seed) for env, agent in zip(envs, agents, strict=True)]
+        episodes = [_Episode(env, agent, seed, scale) for env, agent in zip(envs, agents, strict=True)]
         limits = [time_limit(env) for env in envs]
         total = None if None in limits else max(limit or 0 for limit in limits) + 1
         frames = _tiles([agent.name for agent in agents], episodes)
@@ -167,7 +176,7 @@ def show(agent: Agent, seed: int = 0, episodes: int | None = None) -> Iterator[f
     try:
         index = 0
         while episodes is None or index < episodes:
-            episode = _Episode(env, agent, seed + index)
+            episode = _Episode(env, agent, seed + index, scale=1.0)
             for _ in episode:
                 pass
             yield episode.episode_return
@@ -179,8 +188,8 @@ def show(agent: Agent, seed: int = 0, episodes: int | None = None) -> Iterator[f
 class _Episode:
     """Iterate over the frames of one episode."""
 
-    def __init__(self, env: gym.Env, agent: Agent, seed: int):
-        self._env, self._agent, self._seed = env, agent, seed
+    def __init__(self, env: gym.Env, agent: Agent, seed: int, scale: float):
+        self._env, self._agent, self._seed, self._scale = env, agent, seed, scale
         self.frames = 0
         self.episode_return = 0.0
 
@@ -199,7 +208,12 @@ class _Episode:
         self.frames += 1
         # With render_mode "human" this is None, and the window is the output.
         frame = self._env.render()
-        return _even(np.asarray(frame)) if isinstance(frame, np.ndarray) else np.empty(0)
+        if not isinstance(frame, np.ndarray):
+            return np.empty(0)
+        if self._scale < 1:
+            height, width = (max(round(side * self._scale), 2) for side in frame.shape[:2])
+            frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BOX))
+        return _even(frame)
 
 
 def _even(frame: np.ndarray) -> np.ndarray:

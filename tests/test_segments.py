@@ -15,9 +15,10 @@ from eggroll_rl import EGGROLL
 from eggroll_rl.config import RunConfig
 from eggroll_rl.critic import Critic, discounted_differences
 from eggroll_rl.envs import env_factory
-from eggroll_rl.errors import ConfigError, NonFiniteError
+from eggroll_rl.errors import ConfigError, EpisodeError, NonFiniteError
 from eggroll_rl.fitness import pair_rank
 from eggroll_rl.mujoco_tasks import TASKS
+from eggroll_rl.mujoco_vector import MujocoVectorEnv
 from eggroll_rl.rollout import Anchors, Generation
 from eggroll_rl.segments import segment_rollout
 from eggroll_rl.training import train
@@ -351,6 +352,30 @@ def test_a_failed_update_changes_nothing():
     assert digest(model) == digest(other) and scorer_bytes(model) == scorer_bytes(other)
 
 
+def test_an_episode_that_fails_ends_the_run_and_it_goes_on_from_there(monkeypatch):
+    """A NaN reward in the third generation: the error names the member, and nothing of that generation stays."""
+    settings = {**SETTINGS, "slice_size": 12}  # one slice: 5 env steps are a generation
+    model, other = (EGGROLL("MlpPolicy", "HalfCheetah-v5", seed=0, n_workers=0, **settings) for _ in range(2))
+    step, calls = MujocoVectorEnv.step, []
+
+    def fails_once(self, actions):
+        obs, rewards, *rest = step(self, actions)
+        calls.append(1)
+        rewards[7] *= np.nan if len(calls) == 12 else 1
+        return obs, rewards, *rest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MujocoVectorEnv, "step", fails_once)
+        with pytest.raises(EpisodeError, match="generation 2, member 7, step 2 of its segment: "):
+            model.learn(600, log_interval=None)
+    assert model._n_updates == 2
+    model.learn(1, log_interval=None, reset_num_timesteps=False)
+    for _ in range(3):
+        other.learn(1, log_interval=None, reset_num_timesteps=False)
+    assert model._n_updates == other._n_updates == 3
+    assert digest(model) == digest(other) and scorer_bytes(model) == scorer_bytes(other)
+
+
 def test_callbacks_by_step_see_the_episodes():
     model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, **SETTINGS)
     model.learn(50_000, callback=StopTrainingOnMaxEpisodes(4), log_interval=None)
@@ -368,6 +393,9 @@ def test_another_env_takes_the_critic_and_starts_new_episodes(tmp_path):
     assert model.scorer.anchors.new.all()
     assert torch.equal(model.scorer.state_dict()["critic.head.weight"], critic)
     model.save(tmp_path / "model")
+    more = EGGROLL.load(tmp_path / "model", env="Hopper-v5", population_size=20)
+    more.learn(1, log_interval=None, reset_num_timesteps=False)
+    assert len(more.scorer.anchors.ages) == 10 and more.num_timesteps > model.num_timesteps
     with pytest.raises(ConfigError, match="critic_kwargs .*do not fit the saved critic"):
         loaded = EGGROLL.load(tmp_path / "model", env="Hopper-v5", critic_kwargs={"net_arch": [8]})
         loaded.learn(60)

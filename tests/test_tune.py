@@ -68,6 +68,14 @@ def test_a_search_writes_a_preset_and_goes_on(search, tmp_path):
     assert f"{value:.6g}" in (folder / "preset.toml").read_text()
 
 
+def test_the_budget_may_be_seconds(search, tmp_path):
+    rules = Rules(seconds=0.6, evaluations=3, eval_episodes=1)
+    tune(replace(search, rules=rules, seeds=1), 1, tmp_path / "study")
+    assert [row["state"] for row in rows(tmp_path / "study")] == ["complete"]
+    table = tomllib.loads((tmp_path / "study" / "preset.toml").read_text())
+    assert table["total_timesteps"] >= 4 * 20  # at least one generation: 4 members of 20 steps
+
+
 def test_a_value_is_that_of_its_settings_run_again(search, tmp_path):
     """The same settings in another study get the same value: runs are reproducible."""
     tune(search, 1, tmp_path / "a")

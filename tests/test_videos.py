@@ -79,6 +79,19 @@ def test_side_by_side_needs_one_frame_rate(tmp_path):
         record_side_by_side([agent("Pendulum-v1", 3), agent("HalfCheetah-v5", 3)], tmp_path / "a.mp4", plain=True)
 
 
+def test_a_smaller_picture(tmp_path):
+    alone = record(agent("Pendulum-v1", 3), tmp_path / "one.mp4", scale=0.25, progress_bar=False)
+    subjects = [agent("Pendulum-v1", 3)] * 2
+    record_side_by_side(subjects, tmp_path / "two.mp4", scale=0.25, progress_bar=False)
+    whole = record(agent("Pendulum-v1", 3), tmp_path / "whole.mp4", progress_bar=False)
+    one, two, large = (look(tmp_path / f"{name}.mp4")[1] for name in ("one", "two", "whole"))
+    assert one[0].shape == (124, 124, 3) and two[0].shape == (124, 248, 3)  # 125, and an even number
+    assert large[0].shape[:2] == (500, 500) and whole.frames == alone.frames
+    # The same picture: where the large one is dark, the small one is.
+    shrunk = large[0][:496, :496].reshape(124, 4, 124, 4, 3).mean(axis=(1, 3))
+    assert np.abs(shrunk - one[0]).mean() < 8
+
+
 def test_gif_too(tmp_path):
     video = record(agent("Pendulum-v1", 5), tmp_path / "video.gif", progress_bar=False)
     assert len(look(video.path)[1]) == 6
