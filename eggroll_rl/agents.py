@@ -18,6 +18,8 @@ import json
 import math
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,36 @@ RUN_FILES = {
 }  # fmt: skip
 _FORMAT = "eggroll-rl"
 _VERSION = 1
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make ``folder`` if it is not there, and keep other processes out of it as long as this one lives.
+
+    Windows, and file systems that know no locks, keep nobody out.
+
+    :raises RunFolderError: another process is in it, or it cannot be made
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"cannot write {folder}: {error.strerror}") from error
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(f"{folder} is in use by another process: wait for it, or choose another") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -237,9 +269,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def list_runs(root: Path = Path("agents")) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the finished runs below ``root`` with their results."""
+    """Return the finished runs below ``root``, those of comparisons too, with their results."""
     runs = []
-    for path in sorted(root.glob("*/*/results.json")):
+    for path in sorted([*root.glob("*/*/results.json"), *root.glob("*/compare/*/results.json")]):
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -65,14 +65,8 @@ def compare(
         _try_out(algo, settings[algo], _config(preset, env, 0), factory, rules.n_cores)
 
     entries = [(_folder(output, algo, config.seed), algo, config) for config in configs for algo in algos]
-    todo = [entry for entry in entries if not _finished(*entry, settings[entry[1]], rules, overwrite)]
-    _announce(len(entries), len(todo), rules)
-    for number, (folder, algo, config) in enumerate(todo, 1):
-        _clear(folder)
-        write_config(folder / "config.toml", algo, settings[algo], config, rules)
-        print(f"[{number}/{len(todo)}] {display_name(algo)}, seed {config.seed}", file=sys.stderr, flush=True)
-        _run(folder, rules)
-
+    with agents.alone_in(output / "compare"):
+        _do_runs(entries, settings, rules, overwrite)
     runs = {algo: [Run.read(folder) for folder, its, _ in entries if its == algo] for algo in algos}
     there = {path.parent for path in (output / "compare").glob("*/results.json")}
     left_out = sorted(folder.name for folder in there - {folder for folder, _, _ in entries})
@@ -82,6 +76,19 @@ def compare(
     agents.write_atomic(output / "comparison.md", markdown(comparison).encode())
     plot_comparison(comparison, output / "comparison.png")
     return comparison
+
+
+def _do_runs(
+    entries: list[tuple[Path, str, RunConfig]], settings: dict[str, dict[str, Any]], rules: Rules, overwrite: bool
+) -> None:
+    """Do the runs that are not finished."""
+    todo = [entry for entry in entries if not _finished(*entry, settings[entry[1]], rules, overwrite)]
+    _announce(len(entries), len(todo), rules)
+    for number, (folder, algo, config) in enumerate(todo, 1):
+        _clear(folder)
+        write_config(folder / "config.toml", algo, settings[algo], config, rules)
+        print(f"[{number}/{len(todo)}] {display_name(algo)}, seed {config.seed}", file=sys.stderr, flush=True)
+        _run(folder, rules)
 
 
 def _folder(output: Path, algo: str, seed: int) -> Path:

@@ -64,12 +64,19 @@ def train(
     check_time_limit(factory())  # the training cap does not end an evaluation
     model = config.model(factory)
     config.resolve(model)
+    with agents.alone_in(folder):
+        return _train(config, model, factory, folder, resume, progress_bar)
+
+
+def _train(
+    config: RunConfig, model: EGGROLL, factory: EnvFactory, folder: Path, resume: bool, progress_bar: bool
+) -> dict[str, Any]:
     recorder = RunRecorder(config, folder, factory)
     recorder.init_callback(model)
     if resume:
         recorder.restore(model)
     else:
-        _make_folder(folder, overwrite)
+        _clear(folder)
     agents.write_atomic(folder / "config.toml", config.to_toml().encode())
     recorder.checkpoint()  # from here on there is something to resume
     remaining = config.total_timesteps - model.num_timesteps
@@ -364,14 +371,13 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             raise RunFolderError(f"{folder} is not a run folder: --overwrite leaves it alone ({error})") from error
 
 
-def _make_folder(folder: Path, overwrite: bool) -> None:
-    try:
-        if overwrite and folder.exists():
-            for name in agents.RUN_FILES:  # and nothing else that lies there
-                (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"cannot write {folder}: {error.strerror}") from error
+def _clear(folder: Path) -> None:
+    """Remove the run that is to be replaced, and nothing else that lies there."""
+    for name in agents.RUN_FILES:
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"cannot write {folder}: {error.strerror}") from error
 
 
 def _processor() -> str:

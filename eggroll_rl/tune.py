@@ -1,7 +1,6 @@
 """``eggroll-rl tune``: search EGGROLL's settings for a task with Optuna, and write a preset.
 
-The study is a journal in the output folder: the same command goes on where it stopped. One command at a time: a second
-one on the same folder takes the first one's running trial for one that was cut.
+The study is a journal in the output folder: the same command goes on where it stopped.
 """
 
 import json
@@ -80,8 +79,6 @@ def tune(search: Search, n_trials: int, folder: Path) -> dict[str, Any]:
     """
     try:
         import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
         raise ConfigError("tune needs Optuna: pip install 'eggroll-rl[tune]'") from error
     preset = load_preset(search.env)
@@ -93,7 +90,32 @@ def tune(search: Search, n_trials: int, folder: Path) -> dict[str, Any]:
     import_everything("eggroll")
     _close(build("eggroll", base, replace(config), factory, search.rules.n_cores))  # refuses what cannot be, at once
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
+    with agents.alone_in(folder):
+        study = _open(search, base, space, folder)
+        while _n_done(study) < n_trials:
+            trial = study.ask()
+            settings = _settings(base, {name: _suggest(trial, name, space[name]) for name in space})
+            print(f"trial {trial.number}: {trial.params}", file=sys.stderr)
+            try:
+                study.tell(trial, _value(trial, search, settings, config, factory))
+            except optuna.TrialPruned:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            except Exception as error:
+                trial.set_user_attr("error", str(error))
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                if not isinstance(error, EggrollError) or isinstance(error, ConfigError):
+                    raise
+                print(f"  failed: {' '.join(str(error).split())}", file=sys.stderr)
+            _write(study, search, base, folder)
+        return _write(study, search, base, folder)
+
+
+def _open(search: Search, base: dict[str, Any], space: dict[str, Any], folder: Path) -> Any:
+    """Return the study in ``folder``, or a new one that starts with the preset's own settings."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder / "study.log"))),
         study_name="tune",
@@ -115,22 +137,7 @@ def tune(search: Search, n_trials: int, folder: Path) -> dict[str, Any]:
         study.enqueue_trial(stale.params)
     if not study.trials:
         study.enqueue_trial(_start(base, space))
-    while _n_done(study) < n_trials:
-        trial = study.ask()
-        settings = _settings(base, {name: _suggest(trial, name, space[name]) for name in space})
-        print(f"trial {trial.number}: {trial.params}", file=sys.stderr)
-        try:
-            study.tell(trial, _value(trial, search, settings, config, factory))
-        except optuna.TrialPruned:
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        except Exception as error:
-            trial.set_user_attr("error", str(error))
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            if not isinstance(error, EggrollError) or isinstance(error, ConfigError):
-                raise
-            print(f"  failed: {' '.join(str(error).split())}", file=sys.stderr)
-        _write(study, search, base, config, folder)
-    return _write(study, search, base, config, folder)
+    return study
 
 
 def _n_done(study: Any) -> int:
@@ -257,7 +264,7 @@ def _close(learner: Learner) -> None:
         learner.model.env.close()
 
 
-def _write(study: Any, search: Search, base: dict[str, Any], config: RunConfig, folder: Path) -> dict[str, Any]:
+def _write(study: Any, search: Search, base: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write all trials and the best one as a preset; return its settings."""
     rows = [
         {
@@ -274,9 +281,9 @@ def _write(study: Any, search: Search, base: dict[str, Any], config: RunConfig, 
         return {}
     best = max(complete, key=lambda trial: trial.value)
     settings = _settings(base, best.params)
-    task = {name: getattr(config, name) for name in ("env_id", "env_kwargs", "wrappers", "max_episode_steps")}
-    table = {name: value for name, value in task.items() if value not in (None, {}, [])}
-    table |= {"total_timesteps": search.rules.timesteps or max(best.user_attrs["timesteps"], 1), "eggroll": settings}
+    steps = search.rules.timesteps or max(best.user_attrs["timesteps"], 1)
+    # The rest, such as the baselines' settings, is the preset's.
+    table = {**load_preset(search.env), "total_timesteps": steps, "eggroll": settings}
     value = f"{search.objective} return {best.value:.6g} over {search.seeds} seeds"
     about = f"# eggroll-rl tune {search.env}: trial {best.number} of {len(rows)}, {value}\n"
     agents.write_atomic(folder / "preset.toml", (about + tomli_w.dumps(table)).encode())

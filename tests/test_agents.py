@@ -1,5 +1,6 @@
 import json
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -169,3 +170,23 @@ def test_evaluations_have_sb3s_keys(tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(RunFolderError, match="evaluations.npz is damaged"):
         agents.read_evaluations(path)
+
+
+def test_a_folder_is_one_processs_own_until_that_ends(tmp_path):
+    folder = tmp_path / "run"
+    code = f"""
+import time
+from pathlib import Path
+from eggroll_rl.agents import alone_in
+with alone_in(Path({str(folder)!r})):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "in\n"
+        with pytest.raises(RunFolderError, match="run is in use by another process"), agents.alone_in(folder):
+            pass
+        process.kill()
+    for _ in range(2):
+        with agents.alone_in(folder):
+            assert not list(folder.iterdir())

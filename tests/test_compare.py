@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eggroll_rl import cli, compare_run
-from eggroll_rl.agents import load_tensors, read_evaluations
+from eggroll_rl.agents import alone_in, load_tensors, read_evaluations
 from eggroll_rl.compare import compare
 from eggroll_rl.compare_algorithms import build, settings_of
 from eggroll_rl.compare_run import Rules, read_config, run, write_config
@@ -255,6 +255,12 @@ def test_a_refused_setting_is_named_before_the_first_run(tmp_path, in_this_proce
         with pytest.raises(ConfigError, match=message):
             compare(str(path), [*table], 1, Rules(seconds=1.0), tmp_path / "out")
     assert in_this_process == [] and not (tmp_path / "out").exists()
+
+
+def test_one_comparison_at_a_time_in_a_folder(tmp_path, in_this_process):
+    with alone_in(tmp_path / "out" / "compare"), pytest.raises(RunFolderError, match="in use by another process"):
+        compare(str(preset_file(tmp_path)), ["a2c"], 1, Rules(timesteps=300), tmp_path / "out")
+    assert not in_this_process
 
 
 def test_a_runs_folder_says_what_it_does(tmp_path):

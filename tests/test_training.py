@@ -205,6 +205,16 @@ def test_an_existing_folder_is_refused_unless_the_user_says_what_to_do(finished,
         train(config(), Path("/proc/none/run"))
 
 
+def test_a_run_in_progress_is_left_alone(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with agents.alone_in(tmp_path / "run"):
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(RunFolderError, match="in use by another process"):
+                train(config(), tmp_path / "run", **how, progress_bar=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
 def test_a_checkpoint_of_another_network_does_not_fit(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "copy")
     changed = config(eggroll={**config().eggroll, "policy_kwargs": {"net_arch": [5]}})

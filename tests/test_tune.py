@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from eggroll_rl import cli
+from eggroll_rl.agents import alone_in
 from eggroll_rl.compare_run import Rules
 from eggroll_rl.config import RunConfig
-from eggroll_rl.errors import ConfigError, EpisodeError
+from eggroll_rl.errors import ConfigError, EpisodeError, RunFolderError
 from eggroll_rl.tune import SPACES, Search, _settings, _space, _start, tune
 
 optuna = pytest.importorskip("optuna")
@@ -22,6 +23,9 @@ population_size = 4
 sigma = 0.1
 learning_rate = "lin_0.05"
 policy_kwargs = { net_arch = [16], normalize_obs = false }
+
+[ppo]
+n_envs = 4
 
 [tune]
 population_size = [4, 8]
@@ -62,6 +66,7 @@ def test_a_search_writes_a_preset_and_goes_on(search, tmp_path):
     assert table["eggroll"] == best
     assert table["env_id"] == "Pendulum-v1" and table["total_timesteps"] == 320
     assert table["eggroll"]["policy_kwargs"]["normalize_obs"] is False  # the preset's, which was not searched
+    assert table["ppo"] == {"n_envs": 4} and table["tune"]["population_size"] == [4, 8]  # the rest, too
     config = RunConfig.from_dict(table, "preset")
     assert config.model(config.factory()).population_size == best["population_size"]
     value = max(float(row["value"]) for row in rows(folder) if row["value"])
@@ -88,6 +93,12 @@ def test_another_search_does_not_go_on_in_the_same_folder(search, tmp_path):
     other = Search(search.env, "episode", "mean", 2, search.rules)
     with pytest.raises(ConfigError, match="holds a search with search .*final.*choose another output"):
         tune(other, 1, tmp_path / "study")
+
+
+def test_one_command_at_a_time(search, tmp_path):
+    with alone_in(tmp_path / "study"), pytest.raises(RunFolderError, match="study is in use by another process"):
+        tune(search, 1, tmp_path / "study")
+    assert not list((tmp_path / "study").iterdir())
 
 
 def test_a_trial_that_was_cut_runs_again(search, tmp_path, monkeypatch):
