@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from eggroll_rl.actor import Actor
@@ -80,6 +81,30 @@ def training(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[fl
 def one_worker(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
     """Ours, whole training, one process."""
     yield from training(model, factory, 1)
+
+
+def segments(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """Ours, whole training by segments of 32 steps, with its critic: the same population and workers."""
+    algorithm = EGGROLL(
+        "MlpPolicy",
+        factory,
+        population_size=model.population_size,
+        slice_size=model.slice_size,
+        policy_kwargs=model.policy_kwargs,
+        fitness="segment",
+        segment_steps=32,
+        learning_rate=1e-9,  # all rounds see one policy
+        seed=0,
+    )
+    algorithm.set_logger(configure(None, []))
+    with make_evaluator(n_workers, algorithm.policy, factory, algorithm.slice_size) as evaluator:
+        while True:
+            steps, started = 0, time.perf_counter()
+            while (seconds := time.perf_counter() - started) < _ROUND_SECONDS:
+                results = evaluator.evaluate(algorithm.next_generation(), algorithm.scorer.learn)
+                algorithm.update(results)
+                steps += sum(int(result.lengths.sum()) for result in results)
+            yield steps / seconds
 
 
 def sync(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
@@ -203,6 +228,7 @@ def _id(factory: EnvFactory) -> str:
 
 PEERS: dict[str, Peer] = {
     "one_worker": one_worker,
+    "segments": segments,
     "sync": sync,
     "async": async_,
     "envpool": envpool,

@@ -42,8 +42,8 @@ def throughput(
 ) -> None:
     """Compare training's env steps per second with the raw MuJoCo C limit, and with peers, in one run.
 
-    ENV is HalfCheetah-v5 by default. Peers: one_worker, sync, async, envpool, ppo, ppo_on_ours, ars, evotorch,
-    one_member.
+    ENV is HalfCheetah-v5 by default. Peers: one_worker, segments, sync, async, envpool, ppo, ppo_on_ours, ars,
+    evotorch, one_member.
     """
     from eggroll_rl import bench as benchmarks
     from eggroll_rl.bench_peers import PEERS

@@ -56,11 +56,11 @@ def test_a_slice_that_does_not_stay_full_is_no_figure(small, monkeypatch):
 def test_throughput_measures_all_in_turn(small, monkeypatch, tmp_path):
     for library in ("envpool", "evotorch"):
         monkeypatch.setitem(sys.modules, library, None)
-    peers = ("one_worker", "sync", "one_member", "envpool", "evotorch")
+    peers = ("one_worker", "segments", "sync", "one_member", "envpool", "evotorch")
     result = bench.throughput("Hopper-v5", 1, repetitions=2, episode_steps=10, peers=peers)
     rates = result["steps_per_second"]
     assert list(rates) == ["c_limit", "training", *peers]
-    for name in ("c_limit", "training", "one_worker", "sync", "one_member"):
+    for name in ("c_limit", "training", "one_worker", "segments", "sync", "one_member"):
         assert len(rates[name]) == 2 and min(rates[name]) > 0
     assert result["median_ratio"]["c_limit"] == 1 and "envpool" not in result["median_ratio"]
     assert result["mean_episode_steps"] == 10 and result["vector_env"] == "MujocoVectorEnv"
