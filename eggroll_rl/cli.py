@@ -254,7 +254,7 @@ def list_() -> None:
             click.echo(f"  {name:<28} {error}")
     click.echo("agents")
     for folder, results in list_runs():
-        evaluation = results.get("evaluation")
+        evaluation = results.get("evaluation", results)  # a comparison's runs have it at the top
         mean = evaluation.get("mean_return") if isinstance(evaluation, dict) else None
         click.echo(f"  {folder!s:<44} {mean if isinstance(mean, float) else float('nan'):>10.2f}")
 

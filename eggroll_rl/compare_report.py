@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from eggroll_rl.compare_stats import (
     on_grid,
     probability_of_improvement,
 )
+from eggroll_rl.training import REPORT_SEED
 
 NAMES = {"eggroll": "EGGROLL", "openes": "OpenES (ours at full rank)"}
 _AXES = ("seconds", "timesteps")
@@ -238,35 +239,37 @@ def budget_in_words(rules: dict[str, Any]) -> str:
 def _notes(comparison: dict[str, Any]) -> str:
     rules, speed = comparison["rules"], comparison["machine_speed"]
     machines = ", ".join(f"{m['processor']} ({rules['n_cores']} of {m['cores']} cores)" for m in comparison["machines"])
-    used = "; ".join(f"{display_name(a)}: {its['envs']}" for a, its in comparison["algorithms"].items())
-    sources = "; ".join(
-        f"{display_name(a)}: {its['settings']['source']}"
-        for a, its in comparison["algorithms"].items()
-        if "source" in its["settings"]
-    )
-    text = (
-        f"`{comparison['command']}`: {budget_in_words(rules)} per run, one run at a time on {machines}, torch on "
-        f"{rules['torch_threads']} thread(s). {comparison['seeds'][:1].upper()}{comparison['seeds'][1:]}. "
-        f"Evaluation: {rules['eval_episodes']} episodes, {comparison['evaluation']}. One core did between "
-        f"{speed['lowest'] / speed['median']:.2f} and {speed['highest'] / speed['median']:.2f} of its median speed "
-        f"before and after the runs. Envs: {used}."
-    )
-    chances = ", ".join(
-        f"{display_name(b)} {p['probability']:.2f} [{p['interval'][0]:.2f}, {p['interval'][1]:.2f}]"
-        for b, p in comparison["probability_of_improvement"].get("eggroll", {}).items()
-    )
-    if chances:
-        text += f" Probability that a run of EGGROLL ends above one of: {chances}."
-    failed = "; ".join(
+    slowest, fastest = (speed[name] / speed["median"] for name in ("lowest", "highest"))
+    algorithms = comparison["algorithms"].items()
+
+    def each(what: Callable[[dict[str, Any]], str | None]) -> str:
+        said = [(display_name(algo), what(its)) for algo, its in algorithms]
+        return "; ".join(f"{name}: {text}" for name, text in said if text)
+
+    failed = [
         f"{display_name(algo)} seed {run['seed']} after {run['seconds'][-1]:.0f} s ({run['failed']})"
-        for algo, its in comparison["algorithms"].items()
+        for algo, its in algorithms
         for run in its["runs"]
         if run["failed"]
-    )
-    for what, said in (("Settings", sources), ("Failed", failed), ("Not asked for", ", ".join(comparison["left_out"]))):
-        if said:
-            text += f" {what}: {said}."
-    return text
+    ]
+    chances = [
+        f"{display_name(b)} {p['probability']:.2f} [{p['interval'][0]:.2f}, {p['interval'][1]:.2f}]"
+        for b, p in comparison["probability_of_improvement"].get("eggroll", {}).items()
+    ]
+    notes = {
+        "Command": f"`{comparison['command']}`",
+        "Budget": f"{budget_in_words(rules)} per run, one run at a time, torch on {rules['torch_threads']} thread(s)",
+        "Seeds": comparison["seeds"],
+        "Evaluation": f"{rules['eval_episodes']} episodes, {comparison['evaluation']}",
+        "Machine": f"{machines}; one core did between {slowest:.2f} and {fastest:.2f} of its median speed before and "
+        "after the runs",
+        "Envs": each(lambda its: its["envs"]),
+        "Settings": each(lambda its: its["settings"].get("source")),
+        "Probability that a run of EGGROLL ends above one of": ", ".join(chances),
+        "Failed": "; ".join(failed),
+        "Not asked for": ", ".join(comparison["left_out"]),
+    }
+    return "\n".join(f"- {what}: {said}." for what, said in notes.items() if said)
 
 
 def write_readme(root: Path) -> bool:
@@ -280,13 +283,13 @@ def write_readme(root: Path) -> bool:
         "Each folder is one run: `eggroll-rl evaluate FOLDER` evaluates it again, `eggroll-rl record FOLDER` films it."
         + (" What was tried, and what did not work, is in [LOG.md](LOG.md)." if (root / "LOG.md").exists() else ""),
     ]
-    comparisons = []
-    for path_ in sorted(root.glob("*/comparison.json")):
-        comparisons.append(json.loads(path_.read_text(encoding="utf-8")))
-        folder = path_.parent.name
-        parts += [f"## {comparisons[-1]['env_id']}, compared", f"![curves of {folder}]({folder}/comparison.png)"]
-        parts += [markdown(comparisons[-1]).rstrip()]
-    parts += _over_tasks(comparisons)
+    compared = {
+        p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in sorted(root.glob("*/comparison.json"))
+    }
+    parts += _over_tasks(list(compared.values()))
+    for folder, comparison in compared.items():
+        parts += [f"## {comparison['env_id']}, compared", f"![curves of {folder}]({folder}/comparison.png)"]
+        parts += [markdown(comparison).rstrip()]
     runs = [(folder, results) for folder, results in agents.list_runs(root) if "evaluation" in results]
     for env_id in sorted({results["env_id"] for _, results in runs}):
         its = [(folder, results) for folder, results in runs if results["env_id"] == env_id]
@@ -298,7 +301,8 @@ def write_readme(root: Path) -> bool:
 def _trained(runs: list[tuple[Path, dict[str, Any]]], root: Path) -> str:
     lines = [
         "Return of the final mean policy and of the best by evaluation, ± the deviation over episodes whose seeds "
-        "neither training nor that choice saw.",
+        f"neither training nor that choice saw: `eggroll-rl evaluate FOLDER --seed {REPORT_SEED}` repeats the first, "
+        "with `--best` the second.",
         "",
         "| agent | env steps | wall-clock | env steps/s | final policy | best by evaluation |",
         "|---|---|---|---|---|---|",
@@ -317,12 +321,22 @@ def _trained(runs: list[tuple[Path, dict[str, Any]]], root: Path) -> str:
 
 
 def _over_tasks(comparisons: list[dict[str, Any]]) -> list[str]:
-    """Compare over all tasks by the probability of improvement, which needs no common scale of returns."""
-    with_ours = [c for c in comparisons if "eggroll" in c["algorithms"]]
-    if len(with_ours) < 2:
+    """Compare over all tasks: final returns side by side, and the probability of improvement, which needs no scale."""
+    if len(comparisons) < 2:
         return []
+    everyone = _distinct(algo for c in comparisons for algo in c["algorithms"])
+    table = [
+        "| task | budget | " + " | ".join(map(display_name, everyone)) + " |",
+        "|---|---" + "|---" * len(everyone) + "|",
+    ]
+    for c in comparisons:
+        finals = [c["algorithms"][a]["final"]["iqm"] if a in c["algorithms"] else None for a in everyone]
+        cells = [c["env_id"], budget_in_words(c["rules"]), *("" if f is None else number(f) for f in finals)]
+        table.append("| " + " | ".join(cells) + " |")
+    parts = ["## All tasks compared", "Interquartile mean of the final return over seeds:", "\n".join(table)]
+    with_ours = [c for c in comparisons if "eggroll" in c["algorithms"]]
     lines = []
-    for algo in _distinct(algo for c in with_ours for algo in c["algorithms"]):
+    for algo in everyone:
         tasks = [c for c in with_ours if algo in c["algorithms"]]
         if algo == "eggroll" or len(tasks) < 2:
             continue
@@ -336,9 +350,7 @@ def _over_tasks(comparisons: list[dict[str, Any]]) -> list[str]:
             f"- {display_name(algo)}: {probability_of_improvement(ours, theirs):.2f} [{low:.2f}, {high:.2f}], "
             f"{len(tasks)} tasks, at least {n_runs} seeds each"
         )
-    about = "Probability that a run of EGGROLL ends above a run of the other, averaged over the tasks compared above"
-    return [
-        "## Over all tasks",
-        f"{about} [95 %, bootstrap stratified by task]:",
-        "\n".join(lines),
-    ]
+    if lines:
+        about = "Probability that a run of EGGROLL ends above a run of the other, averaged over the tasks"
+        parts += [f"{about} [95 %, bootstrap stratified by task]:", "\n".join(lines)]
+    return parts

@@ -11,7 +11,8 @@ from eggroll_rl import EGGROLL
 
 total_timesteps = int(sys.argv[1]) if len(sys.argv) > 1 else 3_000_000
 
-model = EGGROLL("LinearPolicy", "HalfCheetah-v5", population_size=32, seed=0, verbose=1)
+settings = dict(population_size=32, slice_size=16, learning_rate=0.015, max_episode_steps=500)  # as the preset
+model = EGGROLL("MlpPolicy", "HalfCheetah-v5", policy_kwargs=dict(net_arch=[32]), seed=0, verbose=1, **settings)
 model.learn(total_timesteps, progress_bar=True)
 model.save("halfcheetah")
 

@@ -153,8 +153,11 @@ def test_the_listing_survives_what_others_left(run, here):
     (here / "envs" / "bad.toml").write_text("=")
     (here / "agents" / "x" / "y").mkdir(parents=True)
     (here / "agents" / "x" / "y" / "results.json").write_text("[1]")
+    (here / "agents" / "x" / "compare" / "ppo-seed0").mkdir(parents=True)
+    (here / "agents" / "x" / "compare" / "ppo-seed0" / "results.json").write_text('{"mean_return": 7.5}')
     status, out, _ = run("list")
     assert status == 0 and "bad" in out
+    assert "agents/x/compare/ppo-seed0" in out and "7.50" in out
 
 
 def test_help_is_there_for_every_command(run):

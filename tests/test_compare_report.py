@@ -123,6 +123,7 @@ def test_the_readme_is_rebuilt_from_what_is_there(runs, tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "(Toy-v0/comparison.png)" in text and "(Other-v0/comparison.png)" in text
     assert "| Toy-v0/eggroll-seed1 | 1,000 | 2 s | 500 | 5 ± 1 | 5 ± 1 (at 900) |" in text
+    assert "| Toy-v0 | 20 s | 200 | 100 |" in text and text.index("All tasks compared") < text.index("Toy-v0, compared")
     # Both tasks are the same runs: 7 of 9 pairs on average.
     assert "- PPO: 0.78 [" in text and "2 tasks, at least 3 seeds each" in text
     assert write_readme(tmp_path)  # again, over its own

@@ -45,6 +45,11 @@ def test_a_module_imports_only_from_above():
                 assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
 
 
+def test_the_readme_lists_the_modules_in_this_order():
+    house = (PACKAGE.parent / "README.md").read_text().split("eggroll_rl/\n", 1)[1].split("```")[0]
+    assert [line.split()[0] for line in house.splitlines()] == [f"{name}.py" for name in ORDER]
+
+
 def test_the_core_loads_neither_mujoco_nor_sb3():
     code = (
         "import sys; from eggroll_rl import EvolutionStrategy; "
