@@ -95,9 +95,12 @@ def median_reached(values: Sequence[float | None]) -> float | None:
 
 
 def on_grid(xs: Sequence[float], returns: Sequence[float], grid_P: np.ndarray) -> np.ndarray:
-    """Return a run's curve (P,) at common points: at each, the policy of the last evaluation up to there."""
-    last_P = np.searchsorted(np.asarray(xs), np.asarray(grid_P), side="right") - 1
-    return np.asarray(returns, dtype=np.float64)[np.maximum(last_P, 0)]
+    """Return a run's curve (P,) at common points: on straight lines between evaluations, held before and after.
+
+    (Holding every value to the next evaluation would make cliffs in the mean, for runs pass a point of the budget some
+    tenths of a second apart.)
+    """
+    return np.interp(grid_P, xs, returns)
 
 
 def in_words(n_runs: int) -> str:

@@ -70,7 +70,8 @@ def test_the_summary_by_hand(runs):
     seconds, steps = (ours["curves"][axis] for axis in ("seconds", "timesteps"))
     assert seconds["x"] == [0, 10, 19, 20] and seconds["iqm"][:2] == pytest.approx([0, 70])
     assert steps["x"] == [0, 1000, 2000] and steps["iqm"][1] == pytest.approx(70)
-    assert steps["iqm"][2] == pytest.approx((300 + 60 + 100) / 3)  # the second seed's next policy comes at 2,200
+    # The second seed is on its way from 60 at 1,000 to 200 at 2,200.
+    assert steps["iqm"][2] == pytest.approx((300 + 60 + 140 * 1000 / 1200 + 100) / 3)
     assert comparison["machine_speed"] == {"lowest": 80.0, "median": 100.0, "highest": 100.0}
     assert len(comparison["machines"]) == 1 and "which is few" in comparison["seeds"]
     json.dumps(comparison, allow_nan=False)  # nothing infinite

@@ -108,9 +108,9 @@ def test_time_to_threshold_is_where_it_was_seen():
     assert median_reached([20, None]) is None  # between a time and never
 
 
-def test_at_each_point_counts_the_last_policy_up_to_there():
-    grid = np.array([0.0, 9.9, 10.0, 29.0, 30.0, 99.0])
-    np.testing.assert_array_equal(on_grid([1, 10, 30], [5, 100, 7], grid), [5, 5, 100, 100, 7, 7])
+def test_curves_are_straight_between_evaluations_and_held_beyond():
+    grid = np.array([0.0, 1.0, 4.0, 11.0, 26.0, 31.0, 99.0])
+    np.testing.assert_array_equal(on_grid([1, 11, 31], [5, 105, 5], grid), [5, 5, 35, 105, 30, 5, 5])
 
 
 def test_few_seeds_are_said_to_be_few():
