@@ -14,7 +14,7 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
-from eggroll_rl.lowrank import Chain, Noise, PerturbedLinear, Population
+from eggroll_rl.lowrank import Noise, PerturbedLinear, Population, is_plain_sequence
 from eggroll_rl.normalization import ObsNormalizer
 from eggroll_rl.policies import MlpPolicy
 
@@ -25,16 +25,17 @@ class Actor:
     """Consecutive members of a generation, one observation each.
 
     :param policy: holds the mean parameters and the normalizer; as both are when this is made
-    :param noise: the generation's noise
+    :param noise: the generation's noise; None lets the mean policy act in every row
     :param first: first member (even)
     :param n_members: number of members N (even)
     """
 
-    def __init__(self, policy: MlpPolicy, noise: Noise, first: int, n_members: int):
+    def __init__(self, policy: MlpPolicy, noise: Noise | None, first: int, n_members: int):
         self._policy = policy
         self._is_flat = isinstance(policy.observation_space, spaces.Box) and _is_plain(policy, "encode")
-        members = Population(policy.network, noise, first, n_members).members
-        self._stages = [_features(policy, n_members), *_network(members), _actions(policy)]
+        network = policy.network if noise is None else Population(policy.network, noise, first, n_members).members
+        self._features, self._layers = _features(policy, n_members), _layers(network)
+        self._actions = _actions(policy)
 
     def encode(self, obs: np.ndarray) -> np.ndarray:
         """Flatten observations (N, ...) to (N, I), as :meth:`MlpPolicy.encode`."""
@@ -44,10 +45,28 @@ class Actor:
 
     def act(self, encoded: np.ndarray) -> np.ndarray:
         """Return the env's actions (N, *action_space.shape), a new array, for encoded observations (N, I)."""
-        x = encoded
         with np.errstate(all="ignore"):  # whatever the caller has set: torch would be silent too
-            for stage in self._stages:
-                x = stage(x)
+            return self._actions(self._outputs(self._features(encoded)))
+
+    def explore(self, encoded: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Act with noise (N, O) added to the network's outputs.
+
+        :return: the network's inputs (N, I), valid until the next call; its outputs with the noise (N, O), new; the
+            env's actions (N, *action_space.shape), new
+        """
+        with np.errstate(all="ignore"):
+            features = self._features(encoded)
+            outputs = self._outputs(features) + noise
+            return features, outputs, self._actions(outputs)
+
+    def features(self, encoded: np.ndarray) -> np.ndarray:
+        """Return the network's inputs (N, I) alone, valid until the next call."""
+        with np.errstate(all="ignore"):
+            return self._features(encoded)
+
+    def _outputs(self, x: np.ndarray) -> np.ndarray:
+        for layer in self._layers:
+            x = layer(x)
         return x
 
 
@@ -91,18 +110,26 @@ def _features(policy: MlpPolicy, n_members: int) -> Stage:
     return normalized
 
 
-def _network(members: nn.Module) -> list[Stage]:
-    return [_layer(layer) for layer in members] if isinstance(members, Chain) else [_in_torch(members)]
+def _layers(network: nn.Module) -> list[Stage]:
+    return [_layer(layer) for layer in network] if is_plain_sequence(network) else [_in_torch(network)]
 
 
 def _layer(layer: nn.Module) -> Stage:
     if type(layer) is PerturbedLinear and layer.dtype is torch.float32:
         return _linear(layer)
+    if type(layer) is nn.Linear and layer.weight.dtype is torch.float32:
+        return _plain_linear(layer)
     if type(layer) is nn.Tanh:
         return np.tanh
     if type(layer) is nn.ReLU:
         return lambda x: np.maximum(x, 0)
     return _in_torch(layer)
+
+
+def _plain_linear(layer: nn.Linear) -> Stage:
+    weight_IO = layer.weight.detach().numpy().T.copy()
+    bias_O = 0.0 if layer.bias is None else layer.bias.detach().numpy().copy()
+    return lambda x_NI: np.add(np.matmul(x_NI, weight_IO), bias_O)
 
 
 def _linear(layer: PerturbedLinear) -> Stage:

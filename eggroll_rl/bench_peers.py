@@ -69,7 +69,7 @@ def training(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[fl
     with make_evaluator(n_workers, model.policy, factory, model.slice_size) as evaluator:
         while True:
             started = time.perf_counter()
-            results = evaluator.evaluate(model.next_generation(), model.scorer.learn)
+            results = evaluator.evaluate(model.next_generation())
             model.update(results)
             seconds = time.perf_counter() - started
             state, core_state = copy.deepcopy(before)
@@ -84,16 +84,13 @@ def one_worker(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[
 
 
 def segments(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
-    """Ours, whole training by segments of 32 steps, with its critic: the same population and workers."""
+    """Ours, whole training by segments, with critic and updates, a hidden layer of 16: the same workers."""
     algorithm = EGGROLL(
         "MlpPolicy",
         factory,
-        population_size=model.population_size,
-        slice_size=model.slice_size,
-        policy_kwargs=model.policy_kwargs,
+        policy_kwargs={"net_arch": [16]},
         fitness="segment",
-        segment_steps=32,
-        learning_rate=1e-9,  # all rounds see one policy
+        target_kl=1e-12,  # all rounds see one policy
         seed=0,
     )
     algorithm.set_logger(configure(None, []))
@@ -101,7 +98,7 @@ def segments(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[fl
         while True:
             steps, started = 0, time.perf_counter()
             while (seconds := time.perf_counter() - started) < _ROUND_SECONDS:
-                results = evaluator.evaluate(algorithm.next_generation(), algorithm.scorer.learn)
+                results = evaluator.evaluate(algorithm.next_generation())
                 algorithm.update(results)
                 steps += sum(int(result.lengths.sum()) for result in results)
             yield steps / seconds

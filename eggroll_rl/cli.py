@@ -103,7 +103,7 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
 
     Settings come from the flags, then from the preset (`eggroll-rl list`), then from the defaults.
     """
-    from eggroll_rl.config import RunConfig, without_shaping
+    from eggroll_rl.config import RunConfig, without_fitness
     from eggroll_rl.envs import load_preset
     from eggroll_rl.training import Interrupted, load_run_config
     from eggroll_rl.training import train as run
@@ -120,7 +120,7 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
         if given.get("policy", config.eggroll.get("policy")) != config.eggroll.get("policy"):
             config.eggroll.pop("policy_kwargs", None)  # the preset's are for its own policy
         if given.get("fitness", config.eggroll.get("fitness", "episode")) != config.eggroll.get("fitness", "episode"):
-            config.eggroll = without_shaping(config.eggroll)
+            config.eggroll = without_fitness(config.eggroll)
         config.eggroll.update({n: v for n, v in given.items() if n in _OVERRIDES})
         if output is None:
             output = default_folder(config.env_id, config.seed)

@@ -91,7 +91,7 @@ def build(algo: str, settings: dict[str, Any], config: RunConfig, factory: EnvFa
     if algo in EVOLUTION:
         config.eggroll, config.n_workers = dict(settings), n_cores
         ours = config.model(factory)
-        workers = count_workers(n_cores, ours.population_size, ours.slice_size)
+        workers = count_workers(n_cores, ours.n_rows, ours.slice_size)
         config.resolve(ours)
         return Learner(
             ours,

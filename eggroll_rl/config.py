@@ -121,7 +121,7 @@ class RunConfig:
         settings["policy_kwargs"] = {n: v for n, v in policy_kwargs.items() if not n.endswith("_space")}
         settings["optimizer"] = model.optimizer.__name__
         settings["device"] = str(settings["device"])
-        settings["fitness_shaping"] = model.shaping
+        settings["population_size"], settings["slice_size"] = model.population_size, model.slice_size
         self.eggroll = {name: value for name, value in settings.items() if value is not None}
 
     @staticmethod
@@ -143,9 +143,10 @@ class RunConfig:
         return EGGROLL(policy, factory, seed=self.seed, n_workers=self.n_workers, **settings)
 
 
-def without_shaping(settings: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what suits one way of scoring and not the other: for a change of ``fitness``."""
-    return {n: v for n, v in settings.items() if n not in ("fitness_shaping", "best_fraction", "critic_kwargs")}
+def without_fitness(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what suits one kind of fitness and not the other: for a change of ``fitness``."""
+    of_one_kind = ("population_size", "slice_size", "fitness_shaping", "best_fraction", "critic_kwargs")
+    return {name: value for name, value in settings.items() if name not in of_one_kind}
 
 
 def check_names(table: Any, known: Any, where: str) -> None:

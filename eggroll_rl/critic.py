@@ -1,10 +1,10 @@
-"""The value function of ``fitness="segment"``: what a state is worth where a segment ends.
+"""The value function of ``fitness="segment"``, and the advantages that follow from it.
 
 The policy learns by evolution alone; this small network learns by gradient descent. Targets are scaled by running
 moments, and the last layer is rescaled with them, so that its predictions stay what they were (Pop-Art, van Hasselt
 et al., arXiv 1602.07714).
 
-Shapes: T steps, N members, B samples, I inputs.
+Shapes: T steps, N simulations, B samples, I inputs.
 """
 
 from itertools import pairwise
@@ -123,27 +123,23 @@ def check_critic(critic_kwargs: dict[str, Any]) -> None:
             check_whole(f"critic_kwargs {name}", value, 1)
 
 
-def discounted_differences(
+def advantages(
     rewards_TN: np.ndarray,
     values_TN: np.ndarray,
-    lengths_N: np.ndarray,
-    terminated_N: np.ndarray,
+    next_values_TN: np.ndarray,
+    ended_TN: np.ndarray,
     gamma: float,
-    lam: float,
+    gae_lambda: float,
 ) -> np.ndarray:
-    """Return generalized advantages (T, N) of segments (Schulman et al., arXiv 1506.02438, Eq. 16).
+    """Return generalized advantages (T, N) (Schulman et al., arXiv 1506.02438, Eq. 16).
 
-    With ``lam`` = 1 the advantage of the first step is the discounted reward of the segment and the value of the state
-    where it ended, minus the value of the state where it began.
-
-    :param values_TN: (T + 1, N), of all observations; a terminal state's counts as 0
+    :param values_TN: of the states that were acted in
+    :param next_values_TN: of the states that followed, before any reset; 0 where the task ended the episode
+    :param ended_TN: the episode ended at this step, for whatever reason
     """
-    n_steps = len(rewards_TN)
-    step_T1 = np.arange(n_steps)[:, None]
-    next_TN = np.where((step_T1 + 1 == lengths_N) & terminated_N, 0.0, values_TN[1:])
-    delta_TN = np.where(step_T1 < lengths_N, rewards_TN + gamma * next_TN - values_TN[:-1], 0.0)
-    advantages_TN = np.zeros_like(delta_TN)
+    delta_TN = rewards_TN + gamma * next_values_TN - values_TN
+    advantages_TN = np.empty_like(delta_TN)
     running_N: Any = 0.0
-    for t in reversed(range(n_steps)):
-        running_N = advantages_TN[t] = delta_TN[t] + gamma * lam * running_N
+    for t in reversed(range(len(delta_TN))):
+        running_N = advantages_TN[t] = delta_TN[t] + gamma * gae_lambda * np.where(ended_TN[t], 0.0, running_N)
     return advantages_TN

@@ -27,6 +27,7 @@ from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
 from eggroll_rl.rollout import Generation
 from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, make_scorer
 from eggroll_rl.settings import check_settings, find_optimizer, make_schedule
+from eggroll_rl.surrogate import Improvement
 from eggroll_rl.vec_env import VecEnvEvaluator
 from eggroll_rl.workers import Evaluator, count_workers, make_evaluator
 
@@ -36,10 +37,11 @@ class EGGROLL(BaseAlgorithm):
 
     Paper: https://arxiv.org/abs/2511.16652. The update convention is that of :mod:`eggroll_rl.es`.
 
-    With ``fitness="segment"`` the two members of a pair start from the same state of the simulation, which an episode
-    reached before, and run ``segment_steps``; what they collect and what a critic says of the state where they end is
-    their fitness. A generation is then a few thousand env steps instead of whole episodes. It needs Gymnasium's MuJoCo
-    v5 tasks, whose states can be copied; the policy learns by evolution alone, the critic by gradient descent.
+    With ``fitness="segment"`` the members do not run episodes. ``n_segments`` simulations go on for ``segment_steps``
+    under the mean policy with exploration noise, a critic says how much better each action was than expected, and the
+    population is evaluated on these recorded states, by forward passes alone (:mod:`eggroll_rl.surrogate`). A
+    generation is then a few thousand env steps. It needs Gymnasium's MuJoCo v5 tasks, whose states can be copied; the
+    policy learns by evolution alone, the critic by gradient descent.
 
     An env given by id, ``EnvSpec`` or function is rebuilt where it is needed (*native* mode): results are the
     same to the bit for any number of workers. A ready-made env or ``VecEnv`` is stepped as it is, in this
@@ -47,19 +49,26 @@ class EGGROLL(BaseAlgorithm):
 
     :param policy: ``"MlpPolicy"``, ``"LinearPolicy"`` or a subclass of :class:`eggroll_rl.policies.MlpPolicy`
     :param env: id (``"module:Id-v0"`` works), ``EnvSpec``, function that returns an env, env, or ``VecEnv``
-    :param population_size: members per generation, even; not pairs
+    :param population_size: members per generation, even; not pairs. None is 64 for episodes and 512 for segments
     :param sigma: noise scale; a number, ``"lin_<number>"`` (linear to 0) or a function of the progress
         remaining, which falls from 1 to 0
     :param rank: rank of each weight matrix's perturbation
-    :param learning_rate: step size, given as ``sigma`` is
+    :param learning_rate: step size, given as ``sigma`` is; of episodes, where segments have ``target_kl``
     :param fitness: ``"episode"`` or ``"segment"``
     :param n_eval_episodes: episodes per member; its fitness is their mean
+    :param n_segments: simulations that run segments
     :param segment_steps: env steps of a segment
+    :param exploration_std: of the noise on the network's outputs in segments, where 1 is half of an action's range;
+        like ``target_kl`` and ``clip_range`` given as ``sigma`` is
     :param gamma: discount, of segments
-    :param gae_lambda: of the critic's targets
+    :param gae_lambda: of the advantages in segments
+    :param target_kl: divergence that a generation of segments moves the policy by, at most
+    :param n_epochs: passes over a generation's samples
+    :param batch_size: samples per update, each with a population of its own
+    :param clip_range: of the likelihood ratio, as in PPO
     :param critic_kwargs: see :class:`eggroll_rl.critic.Critic`
-    :param fitness_shaping: a name in :data:`eggroll_rl.fitness.FITNESS_SHAPING`, or a function of fitness (N,). None is
-        ``"centered_rank"`` for episodes and ``"pair_rank"`` for segments
+    :param fitness_shaping: a name in :data:`eggroll_rl.fitness.FITNESS_SHAPING`, or a function of fitness (N,); like
+        ``best_fraction``, the optimizer and its settings, for episodes alone
     :param best_fraction: share of pairs kept by ``fitness_shaping="best_fraction"``
     :param alive_bonus_offset: added to the reward at each step, in training only; -1 cancels Hopper's bonus
     :param max_episode_steps: episode cap, in training only; needed if the env has no time limit
@@ -67,8 +76,8 @@ class EGGROLL(BaseAlgorithm):
     :param optimizer_kwargs: more arguments for the optimizer
     :param weight_decay: passed to the optimizer
     :param max_grad_norm: clip the gradient's global norm
-    :param slice_size: members evaluated together (even). Part of the result, because floating point rounds
-        differently for another batch: never derived from the machine
+    :param slice_size: members, or simulations of segments, run together (even). Part of the result, because floating
+        point rounds differently for another batch: never derived from the machine. None is 32, or 16 for segments
     :param n_workers: worker processes; 0 runs in this process, None takes all cores
     :param env_kwargs: for the constructor of an env given by id
     :param policy_kwargs: see :class:`eggroll_rl.policies.MlpPolicy`
@@ -92,17 +101,23 @@ class EGGROLL(BaseAlgorithm):
         self,
         policy: str | type[MlpPolicy],
         env: EnvSource | EnvFactory | GymEnv | None,
-        population_size: int = 64,
+        population_size: int | None = None,
         sigma: float | str | Schedule = 0.05,
         rank: int = 1,
         learning_rate: float | str | Schedule = 0.015,
         fitness: str = "episode",
         n_eval_episodes: int = 1,
-        segment_steps: int = 16,
+        n_segments: int = 32,
+        segment_steps: int = 64,
+        exploration_std: float | str | Schedule = 0.4,
         gamma: float = 0.98,
         gae_lambda: float = 0.95,
+        target_kl: float | str | Schedule = 0.1,
+        n_epochs: int = 1,
+        batch_size: int = 512,
+        clip_range: float | str | Schedule = 0.2,
         critic_kwargs: dict[str, Any] | None = None,
-        fitness_shaping: str | FitnessShaping | None = None,
+        fitness_shaping: str | FitnessShaping = "centered_rank",
         best_fraction: float | None = None,
         alive_bonus_offset: float = 0.0,
         max_episode_steps: int | None = None,
@@ -110,7 +125,7 @@ class EGGROLL(BaseAlgorithm):
         optimizer_kwargs: dict[str, Any] | None = None,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
-        slice_size: int = 32,
+        slice_size: int | None = None,
         n_workers: int | None = None,
         env_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -121,14 +136,21 @@ class EGGROLL(BaseAlgorithm):
         device: torch.device | str = "cpu",
         _init_setup_model: bool = True,
     ):
-        self.population_size = population_size
+        by_segments = fitness == "segment"
+        self.population_size = (512 if by_segments else 64) if population_size is None else population_size
         self.sigma = make_schedule("sigma", sigma)
         self.rank = rank
         self.fitness = fitness
         self.n_eval_episodes = n_eval_episodes
+        self.n_segments = n_segments
         self.segment_steps = segment_steps
+        self.exploration_std = make_schedule("exploration_std", exploration_std)
         self.gamma = gamma
         self.gae_lambda = gae_lambda
+        self.target_kl = make_schedule("target_kl", target_kl)
+        self.n_epochs = n_epochs
+        self.batch_size = batch_size
+        self.clip_range = make_schedule("clip_range", clip_range)
         self.critic_kwargs = critic_kwargs
         self.fitness_shaping = fitness_shaping
         self.best_fraction = best_fraction
@@ -138,7 +160,7 @@ class EGGROLL(BaseAlgorithm):
         self.optimizer_kwargs = optimizer_kwargs
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
-        self.slice_size = slice_size
+        self.slice_size = (16 if by_segments else 32) if slice_size is None else slice_size
         self.n_workers = n_workers
         self.seed = seed
         self.noise_seed = seed
@@ -170,10 +192,9 @@ class EGGROLL(BaseAlgorithm):
             self._setup_model()
 
     @property
-    def shaping(self) -> str | FitnessShaping:
-        """The fitness shaping in use: ``fitness_shaping``, or what suits ``fitness``."""
-        suitable = "pair_rank" if self.fitness == "segment" else "centered_rank"
-        return suitable if self.fitness_shaping is None else self.fitness_shaping
+    def n_rows(self) -> int:
+        """What slices are cut from: members, or simulations that run segments."""
+        return self.n_segments if self.fitness == "segment" else self.population_size
 
     # The env --------------------------------------------------------------------------------------------
 
@@ -244,7 +265,7 @@ class EGGROLL(BaseAlgorithm):
         """How members are scored, with what it keeps between generations; made when an env is there."""
         if self._scorer is None:
             self._scorer = make_scorer(
-                self.fitness, self._factory, self.policy, self.population_size // 2,
+                self.fitness, self._factory, self.policy, self.n_segments,
                 gamma=self.gamma, gae_lambda=self.gae_lambda, seed=self.noise_seed,
                 critic_kwargs=self.critic_kwargs or {},
             )  # fmt: skip
@@ -256,7 +277,8 @@ class EGGROLL(BaseAlgorithm):
 
     def _setup_model(self) -> None:
         # load() may have put changed settings in place of the checked ones.
-        self.sigma = make_schedule("sigma", self.sigma)
+        for name in ("sigma", "exploration_std", "target_kl", "clip_range"):
+            setattr(self, name, make_schedule(name, getattr(self, name)))
         self.optimizer = find_optimizer(self.optimizer)
         if isinstance(self.learning_rate, str):
             self.learning_rate = make_schedule("learning_rate", self.learning_rate)
@@ -286,7 +308,7 @@ class EGGROLL(BaseAlgorithm):
             optimizer_kwargs=self.optimizer_kwargs,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
-            fitness_shaping=self.shaping,
+            fitness_shaping=self.fitness_shaping,
             best_fraction=self.best_fraction,
             slice_size=self.slice_size,
         )
@@ -367,7 +389,7 @@ class EGGROLL(BaseAlgorithm):
         """Ask, evaluate, tell; return False if a callback stopped the run before the update."""
         self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         callback.on_rollout_start()
-        results = evaluator.evaluate(self.next_generation(), self.scorer.learn)
+        results = evaluator.evaluate(self.next_generation())
         self.num_timesteps += sum(result.idle_steps for result in results)
         if not self._count_steps(results, callback):
             return False
@@ -376,9 +398,8 @@ class EGGROLL(BaseAlgorithm):
         return True
 
     def update(self, results: list[Any]) -> None:
-        """Tell the core what the members reached, then add what they saw to the normalizer."""
-        fitness_N = self.scorer.score(results, self.alive_bonus_offset, self._es.generation)
-        metrics = {**self._es.tell(fitness_N), **self.scorer.advance()}
+        """Update the mean by what the results say, then add what was observed to the normalizer."""
+        metrics = self.scorer.update(self._es, results, self.alive_bonus_offset, self._improvement())
         if self.policy.normalizer is not None:
             # After the update: one generation sees one normalizer.
             self.policy.normalizer.combine(Moments.concatenate([result.moments for result in results]))
@@ -392,7 +413,13 @@ class EGGROLL(BaseAlgorithm):
         """Return what evaluators need for the current generation."""
         state = {name: tensor.cpu().numpy() for name, tensor in self.policy.state_dict().items()}
         noise = self._es.ask().noise
-        return Generation(noise, state, self.n_eval_episodes, self.scorer.anchors, self.segment_steps)
+        anchors, n_steps = self.scorer.anchors, self.segment_steps
+        return Generation(noise, state, self.n_eval_episodes, anchors, n_steps, self._improvement().std)
+
+    def _improvement(self) -> Improvement:
+        schedules = (self.exploration_std, self.target_kl, self.clip_range)
+        std, target_kl, clip_range = (schedule(self._progress_remaining()) for schedule in schedules)
+        return Improvement(std, self.n_epochs, self.batch_size, target_kl, clip_range)
 
     def _make_evaluator(self) -> Evaluator:
         assert self.env is not None
@@ -400,7 +427,7 @@ class EGGROLL(BaseAlgorithm):
             ignored = "" if self.max_episode_steps is None else "; max_episode_steps is ignored"
             self._say(f"compatible mode: this env is stepped as it is, in this process, with fewer guarantees{ignored}")
             return VecEnvEvaluator(self.policy, self.env)
-        n_workers = count_workers(self.n_workers, self.population_size, self.slice_size)
+        n_workers = count_workers(self.n_workers, self.n_rows, self.slice_size)
         self._say(f"native mode: {self._factory.describe_vector()}, {n_workers} worker processes")
         return make_evaluator(n_workers, self.policy, self._factory, self.slice_size)
 
@@ -412,7 +439,7 @@ class EGGROLL(BaseAlgorithm):
         """Count the steps and fill the episode buffer, replaying them for callbacks that look at steps."""
         now = round(time.time_ns() / 1e9 - self.start_time / 1e9, 6)
         total = int(sum(result.lengths.sum() for result in results))
-        ends = self.scorer.ended_episodes(results, self._es.generation)
+        ends = self.scorer.ended_episodes(results)
         for info in ends.values():
             info["episode"]["t"] = now
         if ends:

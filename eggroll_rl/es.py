@@ -97,7 +97,8 @@ class EvolutionStrategy:
     >>> metrics = es.tell(fitness)  # (256,), higher is better
 
     :param module: Linear layers and activations, in any arrangement. Parameters that do not require grad stay
-        as they are. Its parameters always hold the mean, except inside :meth:`step`'s calls of ``fitness_fn``
+        as they are. Its parameters always hold the mean, except inside :meth:`step`'s calls of ``fitness_fn``;
+        ``self.parameters`` are those that are perturbed, by name
     :param population_size: members N per generation, even; not pairs
     :param sigma: scale of the perturbation, or a function of the generation
     :param rank: rank of each weight matrix's perturbation, clamped to its smaller side
@@ -146,7 +147,7 @@ class EvolutionStrategy:
         self.generation = 0
         self._sigma = sigma
         self._learning_rate = learning_rate
-        self._parameters = {p.name: p.parameter for p in perturbed_parameters(module)}
+        self.parameters = {p.name: p.parameter for p in perturbed_parameters(module)}
         self._population: Population | None = None
         for name, value in (("sigma", sigma), ("learning_rate", learning_rate)):
             if not callable(value):
@@ -159,7 +160,7 @@ class EvolutionStrategy:
         if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
             raise ConfigError(f"optimizer {optimizer.__name__} evaluates a loss itself, which evolution has not")
         try:
-            self.optimizer = optimizer(list(self._parameters.values()), **kwargs)
+            self.optimizer = optimizer(list(self.parameters.values()), **kwargs)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"optimizer {optimizer.__name__} refuses its settings: {error}") from error
 
@@ -216,8 +217,7 @@ class EvolutionStrategy:
             "sigma": self._population.noise.sigma,
             "learning_rate": self.learning_rate,
         }
-        self.generation += 1
-        self._population = None
+        self.end_generation()
         return metrics
 
     def step(self, fitness_fn: Callable[[nn.Module], float]) -> dict[str, float]:
@@ -229,17 +229,33 @@ class EvolutionStrategy:
         :return: as :meth:`tell`
         """
         population = self.ask()
-        mean = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        mean = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         fitness = []
         try:
             for member in range(len(population)):
                 # parameters_of reads the module, which must hold the mean.
-                self._set_parameters(mean)
-                self._set_parameters(population.parameters_of(member))
+                self.set_parameters(mean)
+                self.set_parameters(population.parameters_of(member))
                 fitness.append(float(fitness_fn(self.module)))
         finally:
-            self._set_parameters(mean)
+            self.set_parameters(mean)
         return self.tell(fitness)
+
+    @torch.no_grad()
+    def move(self, noise: Noise, weights: Tensor) -> None:
+        """Add sum_i w_i E_i to the mean, for those who weigh pairs themselves; :meth:`end_generation` comes after.
+
+        :param noise: of the population whose pairs are weighed
+        :param weights: (P,), float64
+        """
+        utilities = torch.stack([weights, -weights], dim=1).flatten() * (noise.population_size / 2)
+        for name, step in estimate_gradient(self.module, noise, utilities).items():
+            self.parameters[name].add_(step)
+
+    def end_generation(self) -> None:
+        """Count a generation whose update was made by :meth:`move`."""
+        self.generation += 1
+        self._population = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what, beside the module's own state, continues the run to the bit."""
@@ -257,24 +273,24 @@ class EvolutionStrategy:
         if not math.isfinite(grad_norm):
             raise NonFiniteError(f"the update of generation {self.generation} is not finite: nothing was updated")
         clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-12))
-        before = {name: parameter.clone() for name, parameter in self._parameters.items()}
+        before = {name: parameter.clone() for name, parameter in self.parameters.items()}
         was = _flat(before)
         # As a deepcopy of its state_dict() would, at half the cost.
         groups_before = [{k: _copy(v) for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         state_before = {p: {k: _copy(v) for k, v in entry.items()} for p, entry in self.optimizer.state.items()}
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             # torch minimises, we maximise.
             parameter.grad = gradient[name].mul(-clip).to(parameter.dtype)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        now = _flat(self._parameters)
+        now = _flat(self.parameters)
         changed = [now]
         for entry in self.optimizer.state.values():
             changed += [value for value in entry.values() if isinstance(value, Tensor)]
         if not all(tensor.isfinite().all() for tensor in changed):
-            self._set_parameters(before)
+            self.set_parameters(before)
             self.optimizer.state.clear()
             self.optimizer.state.update(state_before)
             for group, kept in zip(self.optimizer.param_groups, groups_before, strict=True):
@@ -286,6 +302,7 @@ class EvolutionStrategy:
         return step / size if size > 0 else math.inf
 
     @torch.no_grad()
-    def _set_parameters(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
+    def set_parameters(self, values: dict[str, Tensor]) -> None:
+        """Copy the mean from tensors by name."""
+        for name, parameter in self.parameters.items():
             parameter.copy_(values[name])

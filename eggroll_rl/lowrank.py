@@ -15,9 +15,9 @@ Shapes: N members, P pairs, B batch, I inputs, O outputs, R rank.
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from eggroll_rl.errors import UnsupportedModuleError
 
 _NOISE_AT_ONCE = 2**18  # numbers; bounds the memory of a gradient
+_NUMBERS_AT_ONCE = 2**19  # of a layer's outputs: what stays in the cache
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Noise:
     :param rank: rank of a weight's perturbation
     :param slice_size: members per slice (even). Forward passes run slice by slice, because floating point
         gives another last bit for another batch shape
+    :param update: counts further updates within a generation, each with noise of its own
     """
 
     seed: int
@@ -49,17 +51,19 @@ class Noise:
     sigma: float
     rank: int
     slice_size: int
+    update: int = 0
 
 
 def standard_normal(noise: Noise, parameter: int, first_pair: int, n_pairs: int, size: int) -> Tensor:
-    """Return N(0, 1) noise (n_pairs, size), float32, a pure function of (seed, generation, pair, parameter).
+    """Return N(0, 1) noise (n_pairs, size), float32: a pure function of (seed, generation, update, pair, parameter).
 
     Philox is counter based: a pair's numbers lie at a fixed place of the stream, so any range of pairs is
     made in one call, anywhere. Box-Muller is used because it consumes a fixed number of draws per normal, as
     the ziggurat of ``Generator.standard_normal`` does not. 24-bit uniforms bound |x| by 5.9.
     """
     blocks = -(-size // 8)  # one Philox block is 4 uint64: 8 normals
-    philox = np.random.Philox(counter=[first_pair * blocks, parameter, noise.generation, 0], key=_key(noise.seed))
+    counter = [first_pair * blocks, parameter, noise.generation, noise.update]
+    philox = np.random.Philox(counter=counter, key=_key(noise.seed))
     bits = philox.random_raw(n_pairs * blocks * 4).view(np.uint32).reshape(n_pairs, 2, blocks * 4)
     uniform = ((bits >> 8).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)  # in (0, 1)
     radius = np.sqrt(np.float32(-2) * np.log(uniform[:, 0]))
@@ -142,6 +146,19 @@ def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
+def is_plain_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Say whether a module does nothing but call its children in their order."""
+    is_sequence = type(module) in (nn.Sequential, Chain)
+    return is_sequence and not any(_has_hooks(layer) for layer in (module, *module.children()))
+
+
+def _is_elementwise(members: nn.Module) -> TypeGuard["Chain"]:
+    """Say whether all that stands between the perturbed layers, and there is one, treats each number by itself."""
+    elementwise = (PerturbedLinear, nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid)
+    kinds = [type(layer) for layer in members] if isinstance(members, Chain) else []
+    return PerturbedLinear in kinds and all(kind in elementwise for kind in kinds)
+
+
 def _mixes_members(layer: nn.Module) -> bool:
     # Batch statistics would leak between members; active dropout draws from the global generator.
     return isinstance(layer, _NormBase) or (isinstance(layer, _DropoutNd) and layer.training and layer.p > 0)
@@ -169,6 +186,17 @@ class PerturbedLinear(nn.Module):
         """Type of the weights."""
         return self._weight_IO.dtype
 
+    @property
+    def n_outputs(self) -> int:
+        """Outputs O."""
+        return self._weight_IO.shape[1]
+
+    @property
+    def pays_dense(self) -> float:
+        """Inputs per member from which explicit weights cost less than the factors do."""
+        n_in, n_out = self._weight_IO.shape
+        return n_in * n_out / (n_in + n_out)
+
     def arrays(self) -> tuple[np.ndarray, np.ndarray | None, list[tuple[np.ndarray, np.ndarray]]]:
         """Return the weight (I, O), the members' biases (N, O) and per rank their a (N, O) and b (N, I); on the CPU.
 
@@ -180,6 +208,13 @@ class PerturbedLinear(nn.Module):
         ]
         bias_NO = None if self._bias_NO is None else self._bias_NO.numpy().copy()
         return self._weight_IO.numpy().copy(order="C"), bias_NO, factors
+
+    def dense(self, members: slice) -> tuple[Tensor, Tensor | None]:
+        """Return some members' weights (N, O, I) and biases (N, O, 1): for many inputs per member it pays."""
+        b_NRI = self._b_NIR[members].transpose(1, 2)
+        weight_NOI = self._weight_IO.t().expand(len(b_NRI), -1, -1)
+        weight_NOI = torch.baddbmm(weight_NOI, self._a_NRO[members].transpose(1, 2), b_NRI)
+        return weight_NOI, None if self._bias_NO is None else self._bias_NO[members].unsqueeze(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the layer for every member."""
@@ -255,8 +290,39 @@ class Population:
         """
         if per_member and len(x) != self.size:
             raise ValueError(f"x must have one leading entry per member: expected {self.size}, got {len(x)}")
+        if not per_member and _is_elementwise(self.members):
+            x_BI = x.reshape(-1, x.shape[-1])
+            if all(len(x_BI) >= layer.pays_dense for layer in self.members if isinstance(layer, PerturbedLinear)):
+                return self._forward_in_columns(x_BI).unflatten(1, x.shape[:-1])
         x_NB = x if per_member else x.expand(self.size, *x.shape)
         return self.members(x_NB.flatten(0, 1)).unflatten(0, x_NB.shape[:2])
+
+    def _forward_in_columns(self, x_BI: Tensor) -> Tensor:
+        """Evaluate all members on the same inputs, with explicit weights and an input per column; (N, B, O).
+
+        A few members at a time: their activations stay in the cache, and their weights are never many.
+        """
+        assert isinstance(self.members, Chain)
+        layers = list(self.members)
+        linear = [layer for layer in layers if isinstance(layer, PerturbedLinear)]
+        at_once = max(1, _NUMBERS_AT_ONCE // (len(x_BI) * max(layer.n_outputs for layer in linear)))
+        parts = []
+        for first in range(0, self.size, at_once):
+            members = slice(first, first + at_once)
+            y = x_BI.t()
+            for layer in layers:
+                if isinstance(layer, PerturbedLinear):
+                    weight_NOI, bias_NO1 = layer.dense(members)
+                    if y.dim() == 2:  # the same for all: one matrix product
+                        y = (weight_NOI.flatten(0, 1) @ y).view(*weight_NOI.shape[:2], -1)
+                    else:
+                        y = torch.bmm(weight_NOI, y)
+                    if bias_NO1 is not None:
+                        y += bias_NO1
+                else:
+                    y = layer(y)
+            parts.append(y.transpose(1, 2))
+        return torch.cat(parts)
 
     def parameters_of(self, member: int) -> dict[str, Tensor]:
         """Return theta + s·sigma·E of one member, dense, by name; ``member`` counts from this range's first."""
@@ -274,7 +340,7 @@ class Population:
             converted: nn.Module = self._perturb(module)
         elif not module._modules:
             return module
-        elif type(module) is nn.Sequential and not any(_has_hooks(layer) for layer in (module, *module)):
+        elif is_plain_sequence(module):
             converted = Chain(OrderedDict((name, self._convert(c, seen)) for name, c in module._modules.items() if c))
         else:
             converted = copy.copy(module)
@@ -308,11 +374,6 @@ class Population:
 def _interleave(even: Tensor, odd: Tensor) -> Tensor:
     # The members of a pair: +E and -E.
     return torch.stack((even, odd), dim=1).flatten(0, 1)
-
-
-def slices(noise: Noise) -> Iterator[int]:
-    """Yield the first member of every slice, in order."""
-    return iter(range(0, noise.population_size, noise.slice_size))
 
 
 @torch.no_grad()

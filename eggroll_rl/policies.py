@@ -100,10 +100,10 @@ class MlpPolicy(BasePolicy):
         self.n_inputs = get_flattened_obs_dim(observation_space)
         is_box = isinstance(observation_space, spaces.Box)
         self.normalizer = ObsNormalizer(self.n_inputs) if normalize_obs and is_box else None
-        n_outputs = (
+        self.n_outputs = (
             int(action_space.n) if isinstance(action_space, spaces.Discrete) else math.prod(action_space.shape or ())
         )
-        self.network = self._make_network([self.n_inputs, *self.net_arch, n_outputs])
+        self.network = self._make_network([self.n_inputs, *self.net_arch, self.n_outputs])
         if isinstance(action_space, spaces.Box):
             low, high = (
                 torch.as_tensor(b, dtype=torch.float32).flatten() for b in (action_space.low, action_space.high)

@@ -4,7 +4,7 @@ A member's evaluation is a pure function of (parameters, normalizer, seed, gener
 members of a pair see the same episode seeds (common random numbers). The batch keeps its size to the end:
 a finished member keeps its row and its action is ignored, for BLAS rounds differently for another shape.
 
-Shapes: N members of the slice, padding included, E episodes, I inputs, P pairs, S size of a simulation's state.
+Shapes: N members of the slice, padding included, E episodes, I inputs, S size of a simulation's state.
 """
 
 import math
@@ -32,11 +32,11 @@ _MOMENTS_BLOCK = 32  # steps whose observations are added to the moments at once
 
 @dataclass(frozen=True)
 class Anchors:
-    """Where each pair of a generation starts its segment.
+    """Where each simulation of a generation starts its segment.
 
-    :param states: (P, S), of ``MujocoVectorEnv.get_states``; without meaning where a new episode starts
-    :param ages: (P,) env steps that count for the time limit
-    :param new: (P,) whether a new episode starts. It may have an age: then the time limit cuts it short
+    :param states: (N, S), of ``MujocoVectorEnv.get_states``; without meaning where a new episode starts
+    :param ages: (N,) env steps that count for the time limit
+    :param new: (N,) whether a new episode starts. It may have an age: then the time limit cuts it short
     """
 
     states: np.ndarray
@@ -53,6 +53,7 @@ class Generation:
     :param n_eval_episodes: episodes per member
     :param anchors: where segments start; None for whole episodes
     :param segment_steps: env steps of a segment
+    :param exploration_std: of the noise on the outputs, in segments
     """
 
     noise: Noise
@@ -60,6 +61,12 @@ class Generation:
     n_eval_episodes: int
     anchors: Anchors | None = None
     segment_steps: int = 0
+    exploration_std: float = 0.0
+
+    def slices(self) -> range:
+        """Return the first member of every slice, or the first simulation where segments run."""
+        n_rows = self.noise.population_size if self.anchors is None else len(self.anchors.ages)
+        return range(0, n_rows, self.noise.slice_size)
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,28 @@
-"""How members are scored: by whole episodes, or by segments with a critic's opinion of where they end.
+"""How a generation's results become an update: by episodes' returns, or by segments' advantages.
 
-Shapes: T steps, N members, E episodes, P pairs, B samples, I inputs, S size of a simulation's state.
+Shapes: T steps, N members or simulations, E episodes, B samples, I inputs, S size of a simulation's state.
 """
 
 import copy
 import math
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from eggroll_rl.critic import Critic, discounted_differences
+from eggroll_rl.critic import Critic, advantages
 from eggroll_rl.envs import EnvFactory
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.es import one_thread
+from eggroll_rl.es import EvolutionStrategy, one_thread
 from eggroll_rl.mujoco_vector import MujocoVectorEnv
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Anchors, RolloutResult
 from eggroll_rl.segments import SegmentResult
+from eggroll_rl.surrogate import Improvement, Recorded, improve
 
-_AGES_STREAM = 4  # spawn keys of the seed, beside those of eggroll_rl.rollout and eggroll_rl.critic
-_BRANCH_STREAM = 5
+_AGES_STREAM = 4  # spawn key of the seed, beside those of eggroll_rl.rollout and eggroll_rl.critic
 
 Infos = dict[int, dict[str, Any]]
 
@@ -33,10 +32,7 @@ class EpisodeScorer:
 
     anchors: Anchors | None = None
 
-    def learn(self) -> None:
-        """Do nothing: episodes need no critic."""
-
-    def ended_episodes(self, results: list[RolloutResult], generation: int) -> Infos:
+    def ended_episodes(self, results: list[RolloutResult]) -> Infos:
         """Return SB3's infos of the episodes that ended, by the number of the step, counted over all members."""
         lengths = np.concatenate([result.lengths.ravel() for result in results])
         returns = np.concatenate([result.returns.ravel() for result in results])
@@ -48,21 +44,19 @@ class EpisodeScorer:
             infos[step] = {"episode": {"r": episode_return, "l": length}, **known}
         return infos
 
-    def score(self, results: list[RolloutResult], alive_bonus_offset: float, generation: int) -> np.ndarray:
-        """Return the fitness (N,)."""
+    def update(
+        self, es: EvolutionStrategy, results: list[RolloutResult], alive_bonus_offset: float, improvement: Improvement
+    ) -> dict[str, float]:
+        """Tell the core the fitness, and return what there is to log; ``improvement`` is for segments."""
         returns_NE = np.concatenate([result.returns for result in results])
         lengths_NE = np.concatenate([result.lengths for result in results])
-        return (returns_NE + alive_bonus_offset * lengths_NE).mean(axis=1)
+        return es.tell((returns_NE + alive_bonus_offset * lengths_NE).mean(axis=1))
 
-    def advance(self) -> dict[str, float]:
-        """Go on to the next generation, and return what there is to log."""
-        return {}
-
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """Return what continues a run to the bit: nothing."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from :meth:`state_dict`."""
 
 
@@ -70,64 +64,57 @@ class EpisodeScorer:
 class _Kept:
     """Everything that a :class:`SegmentScorer` keeps, replaced as a whole: a signal finds the old or the new.
 
-    :param returns: (P,) of the running episodes so far; NaN for those of the start, which the time limit cuts short
-    :param lengths: (P,)
-    :param samples: encoded observations (B, I), targets (B,) and generation, that the critic has still to learn from
-    :param value_loss: of the critic's last generation
+    :param returns: (N,) of the running episodes so far; NaN for those of the start, which the time limit cuts short
+    :param lengths: (N,)
     """
 
     anchors: Anchors
     returns: np.ndarray
     lengths: np.ndarray
     critic: Critic
-    samples: tuple[np.ndarray, np.ndarray, int] | None = None
-    value_loss: float = math.nan
 
 
 class SegmentScorer:
-    """Scores members by their discounted reward and the value of the state where their segment ended.
+    """Turns segments into advantages by a critic, and the advantages into an update by the population.
 
-    A pair goes on from where one of its members ended, drawn by lot, and from a new episode if that member's has
-    ended. The critic learns from a generation's segments while the next ones are simulated.
+    Simulations go on where they were. Advantages are the critic's before it learns from the generation, which it does
+    in a thread of its own while the population is evaluated.
 
-    :param n_pairs: P
+    :param n_segments: simulations N
     :param state_size: S
-    :param time_limit: env steps of an episode, or None. The first episodes begin at random ages, so that not all pairs
-        reach it together
-    :param features: from encoded observations (B, I) to what the critic sees, on the CPU
-    :param n_features: size of that
+    :param time_limit: env steps of an episode, or None. The first episodes begin at random ages, so that not all
+        simulations reach it together
+    :param n_features: inputs I of the policy's network, which are the critic's too
     :param gamma: discount
-    :param gae_lambda: of the critic's targets
-    :param seed: of ages, branches and the critic
+    :param gae_lambda: of the advantages
+    :param seed: of ages and the critic
     :param critic_kwargs: see :class:`eggroll_rl.critic.Critic`
     """
 
     def __init__(
         self,
-        n_pairs: int,
+        n_segments: int,
         state_size: int,
         time_limit: int | None,
-        features: Callable[[Tensor], Tensor],
         n_features: int,
         gamma: float,
         gae_lambda: float,
         seed: int,
         critic_kwargs: dict[str, Any],
     ):
-        self.gamma, self.gae_lambda, self.seed = gamma, gae_lambda, seed
-        self._features = features
-        ages = np.zeros(n_pairs, dtype=np.int64)
+        self.gamma, self.gae_lambda = gamma, gae_lambda
+        ages = np.zeros(n_segments, dtype=np.int64)
         if time_limit is not None:
-            ages = self._generator(_AGES_STREAM, 0).integers(time_limit, size=n_pairs)
-        anchors = Anchors(np.zeros((n_pairs, state_size)), ages, np.ones(n_pairs, dtype=bool))
+            generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_AGES_STREAM,)))
+            ages = generator.integers(time_limit, size=n_segments)
+        anchors = Anchors(np.zeros((n_segments, state_size)), ages, np.ones(n_segments, dtype=bool))
         returns = np.where(ages > 0, math.nan, 0.0)
         critic = Critic(n_features, seed, **critic_kwargs)
-        self._kept = _Kept(anchors, returns, np.zeros(n_pairs, dtype=np.int64), critic)
-        self._next: _Kept | None = None  # after the generation that was scored
+        self._kept = _Kept(anchors, returns, np.zeros(n_segments, dtype=np.int64), critic)
 
     @property
     def anchors(self) -> Anchors:
-        """Where the pairs of the next generation start."""
+        """Where the simulations of the next generation start."""
         return self._kept.anchors
 
     @property
@@ -135,83 +122,84 @@ class SegmentScorer:
         """The value function."""
         return self._kept.critic
 
-    def _generator(self, stream: int, generation: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(stream, generation)))
+    def ended_episodes(self, results: list[SegmentResult]) -> Infos:
+        """As :meth:`EpisodeScorer.ended_episodes`, of episodes that may have begun generations ago."""
+        return self._episodes(results)[0]
 
-    def _chosen(self, generation: int) -> np.ndarray:
-        """Return the member (P,) of each pair from which the pair goes on."""
-        n_pairs = len(self.anchors.ages)
-        return 2 * np.arange(n_pairs) + self._generator(_BRANCH_STREAM, generation).integers(2, size=n_pairs)
+    def _episodes(self, results: list[SegmentResult]) -> tuple[Infos, np.ndarray, np.ndarray]:
+        """Return the infos, and returns (N,) and lengths (N,) of the episodes that still run."""
+        rewards_TN, ended_TN = _joined(results, "rewards"), _ended(results)
+        returns, lengths, infos = self._kept.returns.copy(), self._kept.lengths.copy(), Infos()
+        n_steps = len(rewards_TN)
+        for n in range(len(returns)):
+            start = 0
+            for end in [*(np.flatnonzero(ended_TN[:, n]) + 1).tolist(), n_steps]:
+                returns[n] += rewards_TN[start:end, n].sum()
+                lengths[n] += end - start
+                start = end
+                if end and ended_TN[end - 1, n]:
+                    if not math.isnan(returns[n]):
+                        infos[n * n_steps + end] = {"episode": {"r": float(returns[n]), "l": int(lengths[n])}}
+                    returns[n], lengths[n] = 0.0, 0
+        return infos, returns, lengths
 
-    def learn(self) -> None:
-        """Let the critic learn from the last generation, if it has not yet.
+    def update(
+        self, es: EvolutionStrategy, results: list[SegmentResult], alive_bonus_offset: float, improvement: Improvement
+    ) -> dict[str, float]:
+        """Update policy and critic, move the anchors on, and return what there is to log.
 
-        :raises NonFiniteError: the critic's parameters would not be finite; it stays as it was
+        If anything goes wrong, nothing has changed.
+
+        :param improvement: how the samples are used
+        :raises NonFiniteError: the policy's or the critic's parameters would not be finite
         """
-        if self._kept.samples is None:
-            return
-        obs, targets, generation = self._kept.samples
-        critic = copy.deepcopy(self._kept.critic)
-        with one_thread():
-            loss = critic.fit(self._seen(obs), targets, generation)
-        self._kept = replace(self._kept, critic=critic, value_loss=loss, samples=None)
+        device = next(es.module.parameters()).device
+        features_TNI = torch.from_numpy(_joined(results, "features"))
+        features_BI = features_TNI[:-1].flatten(0, 1)
+        outputs_BO = torch.from_numpy(_joined(results, "outputs")).flatten(0, 1)
+        with one_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
+            advantages_TN, targets_TN = self._advantages(results, features_TNI, alive_bonus_offset)
+            critic = copy.deepcopy(self.critic)
+            learning = thread.submit(critic.fit, features_BI, targets_TN.ravel(), es.generation)
+            recorded = Recorded(features_BI.to(device), outputs_BO.to(device), advantages_TN.ravel())
+            metrics = improve(es, recorded, improvement, learning)
+        _, returns, lengths = self._episodes(results)
+        ended_N = _ended(results)[-1]
+        ages_N = np.where(ended_N, 0, np.concatenate([result.ages for result in results]))
+        anchors = Anchors(np.concatenate([result.states for result in results]), ages_N, ended_N)
+        self._kept = _Kept(anchors, returns, lengths, critic)
+        variance = targets_TN.var()
+        return {
+            **metrics,
+            "exploration_std": improvement.std,
+            "value_loss": learning.result(),
+            "explained_variance": float(1 - advantages_TN.var() / variance) if variance > 0 else math.nan,
+        }
 
-    def _seen(self, obs: np.ndarray) -> Tensor:
-        with torch.no_grad():
-            return self._features(torch.from_numpy(obs))
+    def _advantages(
+        self, results: list[SegmentResult], features_TNI: torch.Tensor, alive_bonus_offset: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return advantages and the critic's targets, both (T, N)."""
+        values_TN = self.critic.values(features_TNI.flatten(0, 1)).reshape(features_TNI.shape[:2])
+        final_features = torch.from_numpy(np.concatenate([result.final_features for result in results]))
+        final_values = self.critic.values(final_features)
+        next_TN = values_TN[1:].copy()
+        n, d = 0, 0
+        for result in results:  # each has its ends in the order of (step, simulation)
+            mask_TN = result.terminated | result.truncated
+            next_TN[:, n : n + mask_TN.shape[1]][mask_TN] = final_values[d : d + len(result.final_features)]
+            n, d = n + mask_TN.shape[1], d + len(result.final_features)
+        next_TN[_joined(results, "terminated")] = 0.0
+        rewards_TN = _joined(results, "rewards") + alive_bonus_offset
+        ended_TN = _ended(results)
+        found_TN = advantages(rewards_TN, values_TN[:-1], next_TN, ended_TN, self.gamma, self.gae_lambda)
+        return found_TN, found_TN + values_TN[:-1]
 
-    def ended_episodes(self, results: list[SegmentResult], generation: int) -> Infos:
-        """As :meth:`EpisodeScorer.ended_episodes`, of the episodes that the pairs go on with."""
-        lengths_N, returns_N, ended_N = _lengths(results), _rewards(results).sum(axis=0), _ended(results)
-        steps_N, infos = np.cumsum(lengths_N), {}
-        for pair, n in enumerate(self._chosen(generation).tolist()):
-            r, length = self._kept.returns[pair] + returns_N[n], self._kept.lengths[pair] + lengths_N[n]
-            if ended_N[n] and not math.isnan(r):
-                infos[int(steps_N[n])] = {"episode": {"r": float(r), "l": int(length)}}
-        return infos
-
-    def score(self, results: list[SegmentResult], alive_bonus_offset: float, generation: int) -> np.ndarray:
-        """Return the fitness (N,). Nothing changes until :meth:`advance`."""
-        self.learn()
-        obs_TNI = np.concatenate([result.obs for result in results], axis=1)
-        rewards_TN, lengths_N = _rewards(results), _lengths(results)
-        terminated_N = np.concatenate([result.terminated for result in results])
-        n_steps, n_members = rewards_TN.shape
-        active_TN = np.arange(n_steps)[:, None] < lengths_N
-        with one_thread():
-            seen = self._seen(obs_TNI.reshape(-1, obs_TNI.shape[-1]))
-            values_TN = self.critic.values(seen).reshape(n_steps + 1, n_members)
-        segments = (rewards_TN + alive_bonus_offset * active_TN, values_TN, lengths_N, terminated_N, self.gamma)
-        fitness_N = discounted_differences(*segments, lam=1.0)[0] + values_TN[0]
-        targets_TN = discounted_differences(*segments, lam=self.gae_lambda) + values_TN[:-1]
-        self._next = self._moved_on(results, generation, (obs_TNI[:-1][active_TN], targets_TN[active_TN], generation))
-        return fitness_N
-
-    def _moved_on(self, results: list[SegmentResult], generation: int, samples: Any) -> _Kept:
-        chosen_P = self._chosen(generation)
-        states_PS = np.concatenate([result.states for result in results])[chosen_P]
-        lengths_P, returns_P = _lengths(results)[chosen_P], _rewards(results).sum(axis=0)[chosen_P]
-        new_P = _ended(results)[chosen_P]
-        return replace(
-            self._kept,
-            anchors=Anchors(states_PS, np.where(new_P, 0, self.anchors.ages + lengths_P), new_P),
-            returns=np.where(new_P, 0.0, self._kept.returns + returns_P),
-            lengths=np.where(new_P, 0, self._kept.lengths + lengths_P),
-            samples=samples,
-        )
-
-    def advance(self) -> dict[str, float]:
-        """Move the anchors on, have samples ready for :meth:`learn`, and return what there is to log."""
-        assert self._next is not None
-        self._kept, self._next = self._next, None
-        return {"value_loss": self._kept.value_loss}  # of the generation before
-
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """Return what continues a run to the bit, as tensors."""
-        self.learn()
         kept = self._kept
         arrays = {f"anchors.{name}": value for name, value in vars(kept.anchors).items()}
-        arrays |= {"returns": kept.returns, "lengths": kept.lengths, "value_loss": np.array(kept.value_loss)}
+        arrays |= {"returns": kept.returns, "lengths": kept.lengths}
         optimizer = kept.critic.optimizer.state_dict()["state"]
         return {
             **{name: torch.from_numpy(value.copy()) for name, value in arrays.items()},
@@ -219,13 +207,13 @@ class SegmentScorer:
             **{f"optimizer.{i}.{name}": value for i, entry in optimizer.items() for name, value in entry.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from :meth:`state_dict`; with new episodes, if it has no anchors or those of other pairs or states.
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue from :meth:`state_dict`; with new episodes, if it has no anchors or those of other simulations.
 
         :raises ConfigError: the critic is another one
         """
         critic = copy.deepcopy(self.critic)
-        entries: dict[int, dict[str, Tensor]] = {}
+        entries: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in state.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".")
@@ -235,7 +223,7 @@ class SegmentScorer:
         except RuntimeError as error:
             raise ConfigError(f"critic_kwargs {dict(net_arch=critic.net_arch)} do not fit the saved critic") from error
         critic.optimizer.load_state_dict({**critic.optimizer.state_dict(), "state": entries})
-        self._kept = replace(self._kept, critic=critic, samples=None, value_loss=state["value_loss"].item())
+        self._kept = replace(self._kept, critic=critic)
         if "anchors.states" in state and state["anchors.states"].shape == self.anchors.states.shape:
             anchors = Anchors(**{name: state[f"anchors.{name}"].numpy() for name in vars(self.anchors)})
             returns, lengths = state["returns"].numpy(), state["lengths"].numpy()
@@ -255,7 +243,7 @@ def check_env(fitness: str, factory: EnvFactory | None) -> None:
 
 
 def make_scorer(
-    fitness: str, factory: EnvFactory | None, policy: MlpPolicy, n_pairs: int, **settings: Any
+    fitness: str, factory: EnvFactory | None, policy: MlpPolicy, n_segments: int, **settings: Any
 ) -> EpisodeScorer | SegmentScorer:
     """Return the scorer of ``fitness``, ``"episode"`` or ``"segment"``, for an env that :func:`check_env` lets pass.
 
@@ -268,21 +256,16 @@ def make_scorer(
     assert isinstance(envs, MujocoVectorEnv)
     state_size, time_limit = envs.get_states()[0].shape[1], envs.max_episode_steps
     envs.close()
-
-    def features(encoded: Tensor) -> Tensor:
-        return policy.features(encoded.to(policy.device)).cpu()
-
-    n_features = features(torch.zeros(1, policy.n_inputs, dtype=torch.float64)).shape[1]
-    return SegmentScorer(n_pairs, state_size, time_limit, features, n_features, **settings)
+    with torch.no_grad():
+        zeros = torch.zeros(1, policy.n_inputs, dtype=torch.float64, device=policy.device)
+        n_features = policy.features(zeros).shape[1]
+    return SegmentScorer(n_segments, state_size, time_limit, n_features, **settings)
 
 
-def _lengths(results: list[SegmentResult]) -> np.ndarray:
-    return np.concatenate([result.lengths for result in results])
-
-
-def _rewards(results: list[SegmentResult]) -> np.ndarray:
-    return np.concatenate([result.rewards for result in results], axis=1)
+def _joined(results: list[SegmentResult], name: str) -> np.ndarray:
+    """Return (T, N, ...) of all slices."""
+    return np.concatenate([getattr(result, name) for result in results], axis=1)
 
 
 def _ended(results: list[SegmentResult]) -> np.ndarray:
-    return np.concatenate([result.terminated | result.truncated for result in results])
+    return _joined(results, "terminated") | _joined(results, "truncated")

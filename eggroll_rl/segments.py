@@ -1,10 +1,10 @@
-"""The inner loop of ``fitness="segment"``: one slice of the population, for a few steps from cloned states.
+"""The inner loop of ``fitness="segment"``: one slice of the simulations, for a few steps with exploration noise.
 
-Both members of a pair start from one simulation's state, their anchor, so that what they differ in is their
-perturbation alone. A slice's evaluation is a pure function of (parameters, normalizer, anchors, seed, generation), as
-that of :mod:`eggroll_rl.rollout` is.
+The mean policy acts, with Gaussian noise on its outputs. A simulation starts from its anchor, where it was at the end
+of the generation before, and begins a new episode whenever one ends. A slice's result is a pure function of
+(parameters, normalizer, anchors, seed, generation), as in :mod:`eggroll_rl.rollout`.
 
-Shapes: T steps, N members of the slice, padding included, P pairs of the population, I inputs, S a simulation's state.
+Shapes: T steps, N simulations of the slice, padding included, I inputs, O outputs, D ends, S a simulation's state.
 """
 
 from dataclasses import dataclass
@@ -15,51 +15,73 @@ from gymnasium.vector import VectorEnv
 
 from eggroll_rl.actor import Actor
 from eggroll_rl.errors import EpisodeError
+from eggroll_rl.lowrank import Noise
 from eggroll_rl.mujoco_vector import MujocoVectorEnv
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import MlpPolicy
-from eggroll_rl.rollout import Generation, RolloutResult, check_finite, episode_seeds, rollout, seeded_globals
+from eggroll_rl.rollout import Generation, RolloutResult, check_finite, rollout, seeded_globals
 from eggroll_rl.serial_vector import DIVERGED
+
+_RESET_STREAM = 6  # spawn keys of the seed, beside those of rollout, critic and scoring
+_EXPLORATION_STREAM = 7
 
 
 @dataclass(frozen=True)
 class SegmentResult:
-    """What comes back for one slice, for its real members.
+    """What comes back for one slice, for its real simulations.
 
-    :param obs: (T + 1, N, I) encoded observations, float64. Member n acted on the first ``lengths[n]``; the one after
-        them is where its segment ended, and is repeated to the end
-    :param rewards: (T, N), 0 after the end
-    :param lengths: (N,) env steps
-    :param terminated: (N,) the task ended the episode
-    :param truncated: (N,) the time limit did
-    :param states: (N, S) where the segments ended
-    :param moments: of the observations that each member acted on
+    :param features: (T + 1, N, I) the network's inputs, float32; the last are where the segment ended
+    :param outputs: (T, N, O) the network's outputs with the noise, float32
+    :param rewards: (T, N)
+    :param terminated: (T, N) the task ended the episode at this step
+    :param truncated: (T, N) the time limit did
+    :param final_features: (D, I) the network's inputs for the states in which episodes ended, in the order of
+        ``np.argwhere(terminated | truncated)``
+    :param states: (N, S) at the end
+    :param ages: (N,) env steps of the running episode
+    :param moments: of the observations that were acted on
     """
 
     first: int
-    obs: np.ndarray
+    features: np.ndarray
+    outputs: np.ndarray
     rewards: np.ndarray
-    lengths: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
+    final_features: np.ndarray
     states: np.ndarray
+    ages: np.ndarray
     moments: Moments
     idle_steps: int = 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Env steps (N,)."""
+        return np.full(self.rewards.shape[1], len(self.rewards))
 
 
 Result = RolloutResult | SegmentResult
 
 
-def _padded(of_pairs: np.ndarray, size: int) -> np.ndarray:
-    """Repeat rows (P, ...) for the members of each pair, and fill with zeros to ``size``."""
-    rows = np.zeros((size, *of_pairs.shape[1:]), dtype=of_pairs.dtype)
-    rows[: 2 * len(of_pairs)] = of_pairs.repeat(2, axis=0)
-    return rows
+def reset_seed(noise: Noise, simulation: int, n_resets: int) -> int:
+    """Return the seed of a simulation's next reset, after ``n_resets`` in this generation."""
+    sequence = np.random.SeedSequence(noise.seed, spawn_key=(_RESET_STREAM, noise.generation, simulation, n_resets))
+    return int(sequence.generate_state(1)[0])
+
+
+def exploration_noise(noise: Noise, first: int, shape: tuple[int, ...], std: float) -> np.ndarray:
+    """Return a slice's noise on the outputs (T, N, O), float32."""
+    sequence = np.random.SeedSequence(noise.seed, spawn_key=(_EXPLORATION_STREAM, noise.generation, first))
+    return np.random.default_rng(sequence).standard_normal(shape, dtype=np.float32) * np.float32(std)
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), dtype=rows.dtype)])
 
 
 @torch.no_grad()
 def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs: MujocoVectorEnv) -> SegmentResult:
-    """Run the slice of members that starts at ``first`` for ``segment_steps``, or to the end of their episode.
+    """Run the slice of simulations that starts at ``first`` for ``segment_steps``.
 
     :param policy: on the CPU, after :func:`eggroll_rl.rollout.load_generation`
     :param envs: ``slice_size`` sub-envs in ``AutoresetMode.DISABLED``
@@ -68,56 +90,64 @@ def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs:
     noise, anchors, n_steps = generation.noise, generation.anchors, generation.segment_steps
     assert anchors is not None
     size = noise.slice_size
-    pairs = slice(first // 2, (first + size) // 2)
-    n_members = 2 * len(anchors.ages[pairs])  # the last slice may be short: its other rows are padding and never run
-    new_N, age_N, states_NS = (_padded(a[pairs], size) for a in (anchors.new, anchors.ages, anchors.states))
-    active_N = np.arange(size) < n_members
-    length_N = np.zeros(size, dtype=np.int64)
+    rows = slice(first, first + size)
+    n_real = len(anchors.ages[rows])  # the last slice may be short: its other rows are padding and never run
+    real_N = np.arange(size) < n_real
+    new_N, age_N, states_NS = (_padded(a[rows], size) for a in (anchors.new, anchors.ages, anchors.states))
+    n_resets_N = np.zeros(size, dtype=np.int64)
+    t = 0
 
     def episode_error(row: int, what: str) -> EpisodeError:
-        return EpisodeError(
-            f"generation {noise.generation}, member {first + row}, step {length_N[row]} of its segment: {what}"
-        )
+        return EpisodeError(f"generation {noise.generation}, simulation {first + row}, step {t} of its segment: {what}")
 
-    obs = envs.set_states(active_N & ~new_N, states_NS, age_N)
+    def reset(mask_N: np.ndarray, **options: np.ndarray) -> np.ndarray:
+        seeds = [reset_seed(noise, first + n, n_resets_N[n]) if mask_N[n] else None for n in range(size)]
+        n_resets_N[mask_N] += 1
+        obs, _ = envs.reset(seed=seeds, options={"reset_mask": mask_N, **options})
+        return obs
+
+    obs = envs.set_states(real_N & ~new_N, states_NS, age_N)
     if new_N.any():
-        seeds = episode_seeds(noise, 1)[first : first + size, 0].tolist() + [None] * (size - n_members)
-        obs, _ = envs.reset(seed=seeds, options={"reset_mask": new_N, "elapsed": age_N})
-
-    obs_TNI = np.empty((n_steps + 1, size, policy.n_inputs))
+        obs = reset(new_N, elapsed=age_N)
+    obs_TNI = np.empty((n_steps, size, policy.n_inputs))
     rewards_TN = np.zeros((n_steps, size))
-    active_TN = np.zeros((n_steps, size), dtype=bool)
-    terminated_N, truncated_N = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
-    check_finite(np.zeros(size), obs, active_N, episode_error)
+    terminated_TN, truncated_TN = np.zeros((2, n_steps, size), dtype=bool)
+    check_finite(np.zeros(size), obs, real_N, episode_error)
     with seeded_globals(noise, first):
-        actor = Actor(policy, noise, first, size)
-        encoded = actor.encode(obs)
+        actor = Actor(policy, None, first, size)
+        n_features = actor.features(actor.encode(obs)).shape[1]
+        features_TNI = np.empty((n_steps + 1, size, n_features), dtype=np.float32)
+        noise_TNO = exploration_noise(noise, first, (n_steps, size, policy.n_outputs), generation.exploration_std)
+        outputs_TNO = np.empty_like(noise_TNO)
+        final: list[np.ndarray] = []
         for t in range(n_steps):
-            obs_TNI[t], active_TN[t] = encoded, active_N
-            obs, rewards_TN[t], terminations, truncations, infos = envs.step(actor.act(encoded))
-            length_N += active_N
-            check_finite(rewards_TN[t], obs, active_N, episode_error)
+            obs_TNI[t] = actor.encode(obs)
+            features_TNI[t], outputs_TNO[t], actions = actor.explore(obs_TNI[t], noise_TNO[t])
+            obs, rewards_TN[t], terminated_TN[t], truncated_TN[t], infos = envs.step(actions)
+            check_finite(rewards_TN[t], obs, real_N, episode_error)
             if "diverged" in infos:
                 raise episode_error(int(np.flatnonzero(infos["diverged"])[0]), DIVERGED)
-            terminated_N |= terminations
-            truncated_N |= truncations
-            active_N = active_N & ~(terminations | truncations)
-            encoded = actor.encode(obs)
-            if not active_N.any():
-                break
-        obs_TNI[t + 1 :] = encoded
+            ended_N = terminated_TN[t] | truncated_TN[t]
+            if ended_N.any():
+                final.append(actor.features(actor.encode(obs))[ended_N])
+                if t < n_steps - 1:  # else the next generation resets
+                    obs = reset(ended_N)
+                    check_finite(np.zeros(size), obs, real_N, episode_error)
+        features_TNI[n_steps] = actor.features(actor.encode(obs))
     moments = Moments.zeros(size, policy.n_inputs)
-    moments.add(obs_TNI[:-1], active_TN)
-    real = slice(n_members)
+    moments.add(obs_TNI, np.broadcast_to(real_N, (n_steps, size)))
+    states_NS, age_N = envs.get_states()
     return SegmentResult(
         first,
-        obs_TNI[:, real],
-        rewards_TN[:, real],
-        length_N[real],
-        terminated_N[real],
-        (truncated_N & ~terminated_N)[real],
-        envs.get_states()[0][real],
-        Moments(moments.count[real], moments.mean[real], moments.m2[real]),
+        features_TNI[:, :n_real],
+        outputs_TNO[:, :n_real],
+        rewards_TN[:, :n_real],
+        terminated_TN[:, :n_real],
+        (truncated_TN & ~terminated_TN)[:, :n_real],
+        np.concatenate([*final, np.empty((0, n_features), dtype=np.float32)]),
+        states_NS[:n_real],
+        age_N[:n_real],
+        Moments(moments.count[:n_real], moments.mean[:n_real], moments.m2[:n_real]),
     )
 
 

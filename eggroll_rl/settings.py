@@ -61,17 +61,25 @@ def check_settings(model: Any) -> None:
     number = isinstance(model.alive_bonus_offset, int | float) and not isinstance(model.alive_bonus_offset, bool)
     if not number or not math.isfinite(model.alive_bonus_offset):
         raise ConfigError(f"alive_bonus_offset must be a finite number, got {model.alive_bonus_offset!r}")
-    make_fitness_shaping(model.shaping, model.best_fraction)
+    make_fitness_shaping(model.fitness_shaping, model.best_fraction)
 
 
 def _check_segments(model: Any) -> None:
     if model.fitness not in ("episode", "segment"):
         raise ConfigError(f"fitness must be 'episode' or 'segment', got {model.fitness!r}")
-    check_whole("segment_steps", model.segment_steps, 1)
+    for name in ("n_segments", "segment_steps", "n_epochs", "batch_size"):
+        check_whole(name, getattr(model, name), 1)
     for name in ("gamma", "gae_lambda"):
         check_fraction(name, getattr(model, name))
     check_critic(model.critic_kwargs or {})
-    if model.fitness == "segment" and model.n_eval_episodes != 1:
+    if model.fitness == "episode":
+        if model.critic_kwargs:
+            raise ConfigError(f"critic_kwargs needs fitness='segment', got {model.critic_kwargs} with 'episode'")
+        return
+    if model.n_eval_episodes != 1:
         raise ConfigError(f"n_eval_episodes must be 1 with fitness='segment', got {model.n_eval_episodes}")
-    if model.fitness == "episode" and model.critic_kwargs:
-        raise ConfigError(f"critic_kwargs needs fitness='segment', got {model.critic_kwargs} with 'episode'")
+    if model.fitness_shaping != "centered_rank" or model.best_fraction is not None:
+        raise ConfigError(
+            "fitness_shaping and best_fraction have no effect with fitness='segment', which weighs members by "
+            f"natural gradient, got {model.fitness_shaping!r} and {model.best_fraction!r}"
+        )

@@ -223,7 +223,7 @@ class RunRecorder(GenerationCallback):
             "generations": model.evolution_strategy.generation,
             "wall_seconds": round(seconds, 3),
             "env_steps_per_second": round(self.num_steps / seconds, 1) if seconds else None,
-            "n_workers": count_workers(self.config.n_workers, model.population_size, model.slice_size),
+            "n_workers": count_workers(self.config.n_workers, model.n_rows, model.slice_size),
             "vector_env": self.factory.describe_vector(),
             "evaluation": final.as_dict(),
             "best": {"timesteps": about["timesteps"], **best.as_dict()},

@@ -18,7 +18,7 @@ import torch
 from eggroll_rl import agents
 from eggroll_rl.compare_algorithms import Learner, build, settings_of
 from eggroll_rl.compare_run import FOREVER, BudgetRecorder, BudgetSpent, Rules, import_everything
-from eggroll_rl.config import RunConfig, check_names, without_shaping
+from eggroll_rl.config import RunConfig, check_names, without_fitness
 from eggroll_rl.envs import EnvFactory, load_preset
 from eggroll_rl.errors import ConfigError, EggrollError
 from eggroll_rl.es import check_whole
@@ -151,7 +151,7 @@ def _n_done(study: Any) -> int:
 def _base(settings: dict[str, Any], fitness: str) -> dict[str, Any]:
     """Return the settings that hold where the space says nothing else."""
     if settings.get("fitness", "episode") != fitness:
-        settings = without_shaping(settings)
+        settings = without_fitness(settings)
     return {**settings, "fitness": fitness}
 
 

@@ -4,7 +4,6 @@ Such an env cannot be rebuilt in workers or seeded per episode, and resets by it
 ``num_envs``; a block ends when its last member has finished, and the others' further steps are only counted.
 """
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -27,9 +26,8 @@ class VecEnvEvaluator:
         self._policy = policy.replica()
         self._env = env
 
-    def evaluate(self, generation: Generation, meanwhile: Callable[[], None]) -> list[Result]:
+    def evaluate(self, generation: Generation) -> list[Result]:
         """Return one result per block of members, in order."""
-        meanwhile()
         load_generation(self._policy, generation)
         size = generation.noise.population_size
         with one_thread():

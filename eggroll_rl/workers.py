@@ -14,7 +14,6 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -26,7 +25,6 @@ from gymnasium.envs.registration import registry
 from eggroll_rl.envs import EnvFactory
 from eggroll_rl.errors import ConfigError, EggrollError, EpisodeError, WorkerDiedError
 from eggroll_rl.es import one_thread
-from eggroll_rl.lowrank import slices
 from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Generation, load_generation
@@ -36,11 +34,8 @@ from eggroll_rl.segments import Result, evaluate_slice
 class Evaluator(Protocol):
     """Evaluates all members of a generation; results are the same to the bit for every implementation."""
 
-    def evaluate(self, generation: Generation, meanwhile: Callable[[], None]) -> list[Result]:
-        """Return one result per slice, in slice order.
-
-        :param meanwhile: called once, while worker processes simulate, if there are any
-        """
+    def evaluate(self, generation: Generation) -> list[Result]:
+        """Return one result per slice, in slice order."""
 
     def close(self) -> None:
         """Release envs and processes."""
@@ -55,12 +50,15 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def count_workers(n_workers: int | None, population_size: int, slice_size: int) -> int:
-    """Return how many processes a run uses: all cores for None, and at most one per slice."""
+def count_workers(n_workers: int | None, n_rows: int, slice_size: int) -> int:
+    """Return how many processes a run uses: all cores for None, and at most one per slice.
+
+    :param n_rows: members of the population, or simulations that run segments
+    """
     if n_workers is None:
         # pass_fds is POSIX; elsewhere the run is the same, in-process.
         n_workers = available_cores() if os.name == "posix" else 0
-    return min(n_workers, -(-population_size // slice_size))
+    return min(n_workers, -(-n_rows // slice_size))
 
 
 def make_evaluator(n_workers: int, policy: MlpPolicy, factory: EnvFactory, slice_size: int) -> Evaluator:
@@ -77,12 +75,11 @@ class InProcessEvaluator:
         self._policy = policy
         self._envs = factory.vector(slice_size)
 
-    def evaluate(self, generation: Generation, meanwhile: Callable[[], None]) -> list[Result]:
+    def evaluate(self, generation: Generation) -> list[Result]:
         """Return one result per slice, in slice order."""
-        meanwhile()
         load_generation(self._policy, generation)
         with one_thread(), mujoco_warnings_silenced():
-            return [evaluate_slice(self._policy, generation, first, self._envs) for first in slices(generation.noise)]
+            return [evaluate_slice(self._policy, generation, first, self._envs) for first in generation.slices()]
 
     def close(self) -> None:
         """Close the envs."""
@@ -148,9 +145,9 @@ class ProcessEvaluator:
         self._processes.append(process)
         self._connections.append(Connection(ours.detach()))
 
-    def evaluate(self, generation: Generation, meanwhile: Callable[[], None]) -> list[Result]:
+    def evaluate(self, generation: Generation) -> list[Result]:
         """Return one result per slice, in slice order."""
-        waiting = deque(slices(generation.noise))
+        waiting = deque(generation.slices())
         results: dict[int, Result] = {}
         busy: set[Connection] = set()
         pickled = pickle.dumps(generation)
@@ -159,7 +156,6 @@ class ProcessEvaluator:
             if waiting:
                 self._send(connection, pickle.dumps(waiting.popleft()))
                 busy.add(connection)
-        meanwhile()
         while busy:
             ready = wait(list(busy))
             for connection in [c for c in self._connections if c in ready]:
@@ -169,7 +165,7 @@ class ProcessEvaluator:
                     self._send(connection, pickle.dumps(waiting.popleft()))
                 else:
                     busy.remove(connection)
-        return [results[first] for first in slices(generation.noise)]
+        return [results[first] for first in generation.slices()]
 
     def close(self) -> None:
         """End the workers, whatever they are doing."""

@@ -159,6 +159,21 @@ def test_an_actor_does_what_the_members_of_the_policy_do(name, rank):
     assert np.array_equal(obs, before)
 
 
+@pytest.mark.parametrize("name", POLICIES)
+@torch.no_grad()
+def test_without_noise_the_mean_policy_acts(name):
+    policy = observed(POLICIES[name]())
+    if name == "a hook":
+        policy.network.inner.register_forward_hook(lambda module, inputs, output: 2 * output)
+    actor, obs = Actor(policy, None, 0, N), observations(policy)
+    np.testing.assert_allclose(actor.act(actor.encode(obs)), policy(torch.from_numpy(obs)).numpy(), atol=3e-6)
+    noise = np.full((N, policy.n_outputs), 0.25, np.float32)
+    features, outputs, actions = (x.copy() for x in actor.explore(actor.encode(obs), noise))
+    np.testing.assert_allclose(outputs, policy.network(torch.from_numpy(features)) + 0.25, atol=3e-6)
+    np.testing.assert_allclose(actions, policy.actions(torch.from_numpy(outputs)).numpy(), atol=3e-6)
+    assert np.array_equal(actor.features(actor.encode(obs)), features)
+
+
 def test_actions_are_clipped_to_the_bounds_and_nan_stays():
     policy = MlpPolicy(OBS, BOX, [7], zero_last_layer=False)
     noise = Noise(seed=1, generation=0, population_size=N, sigma=100.0, rank=1, slice_size=N)

@@ -11,7 +11,7 @@ LAYERS = [
     ["registration", "mujoco_contacts", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
     ["serial_vector", "envs", "rollout", "segments"],
     ["workers", "vec_env", "sb3_vec_env", "sb3_export"],
-    ["critic", "scoring", "settings", "callbacks", "eggroll"],
+    ["critic", "surrogate", "scoring", "settings", "callbacks", "eggroll"],
     ["agents", "config", "evaluation", "training", "videos", "plots"],
     ["compare_algorithms", "compare_run", "compare_stats", "compare_report", "compare_plot", "compare", "tune"],
     ["bench_peers", "bench", "bench_forward", "bench_plot"],

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from eggroll_rl import lowrank
 from eggroll_rl.errors import UnsupportedModuleError
 from eggroll_rl.lowrank import Noise, Population, estimate_gradient, perturbed_parameters, standard_normal
 
@@ -299,3 +300,24 @@ def test_gradient_points_along_that_of_a_linear_function():
     # E[u s E] = sigma · direction.
     assert torch.allclose(gradient / noise.sigma, direction, atol=0.35)
     assert torch.cosine_similarity(gradient.flatten(), direction.flatten(), dim=0) > 0.98
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("at_once", [2**19, 60])
+def test_the_same_inputs_for_all_members_are_what_they_are_for_each(rank, at_once, monkeypatch):
+    """Explicit weights and a column per input, against the factors and inputs repeated for every member."""
+    monkeypatch.setattr(lowrank, "_NUMBERS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4, bias=False), nn.ELU(), nn.Linear(4, 2))
+    population, x = Population(module, make_noise(rank=rank)), torch.randn(9, 5)
+    repeated = population.forward(x.expand(len(population), 9, 5), per_member=True)
+    torch.testing.assert_close(population.forward(x), repeated, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(population.forward(x.view(3, 3, 5)), repeated.view(-1, 3, 3, 2), atol=1e-6, rtol=1e-5)
+    for few in (1, 2):
+        torch.testing.assert_close(population.forward(x[:few]), repeated[:, :few], atol=1e-6, rtol=1e-5)
+
+
+def test_each_update_of_a_generation_has_noise_of_its_own():
+    noises = [make_noise(update=update) for update in (0, 1, 2)] + [make_noise(generation=make_noise().generation + 1)]
+    drawn = torch.stack([standard_normal(noise, 0, 0, 4, 1000) for noise in noises]).flatten(1)
+    assert (torch.corrcoef(drawn) - torch.eye(4)).abs().max() < 0.06

@@ -1,4 +1,4 @@
-"""Segments: cloned states against running on, slices against single members, scores against hand calculations."""
+"""Segments: cloned states against running on, slices against single simulations, advantages by hand."""
 
 import csv
 
@@ -9,21 +9,21 @@ import toy
 from gymnasium.vector import AutoresetMode
 from safetensors.numpy import load_file
 from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
+from stable_baselines3.common.logger import configure
 from test_workers import digest, trained
 
-from eggroll_rl import EGGROLL
+from eggroll_rl import EGGROLL, scoring
 from eggroll_rl.config import RunConfig
-from eggroll_rl.critic import Critic, discounted_differences
+from eggroll_rl.critic import Critic, advantages
 from eggroll_rl.envs import env_factory
 from eggroll_rl.errors import ConfigError, EpisodeError, NonFiniteError
-from eggroll_rl.fitness import pair_rank
 from eggroll_rl.mujoco_tasks import TASKS
 from eggroll_rl.mujoco_vector import MujocoVectorEnv
-from eggroll_rl.rollout import Anchors, Generation
-from eggroll_rl.segments import segment_rollout
+from eggroll_rl.rollout import Anchors
+from eggroll_rl.segments import evaluate_slice, exploration_noise, reset_seed, segment_rollout
 from eggroll_rl.training import train
 
-SETTINGS = {"fitness": "segment", "segment_steps": 5, "population_size": 12, "slice_size": 4}
+SETTINGS = {"fitness": "segment", "segment_steps": 5, "n_segments": 12, "slice_size": 4, "population_size": 12}
 
 
 def vector(env_id, n, **kwargs):
@@ -101,75 +101,101 @@ def test_states_of_another_task_are_refused():
 # The inner loop
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
-    policy_kwargs = {"net_arch": [8]}
-    return EGGROLL("MlpPolicy", "Hopper-v5", seed=3, n_workers=0, policy_kwargs=policy_kwargs, sigma=0.5, **SETTINGS)
+    made = EGGROLL("MlpPolicy", "Hopper-v5", seed=3, n_workers=0, policy_kwargs={"net_arch": [8]}, **SETTINGS)
+    made.set_logger(configure(None, []))
+    return made
 
 
-def generation_of(model, anchors, n_steps):
-    state = {name: tensor.numpy() for name, tensor in model.policy.state_dict().items()}
-    return Generation(model.evolution_strategy.ask().noise, state, 1, anchors, n_steps)
+def generation_of(model, anchors, n_steps=5):
+    model.scorer._kept = scoring.replace(model.scorer._kept, anchors=anchors)
+    model.segment_steps = n_steps
+    return model.next_generation()
 
 
 @torch.no_grad()
-def test_a_slice_is_its_members_one_by_one(model):
-    """Against the members' explicit parameters, each alone in an env of its own."""
-    n_steps, first = 9, 4
+def test_a_slice_is_its_simulations_one_by_one(model):
+    """Each alone in an env of its own, with the mean policy's own forward; Hopper falls and begins anew."""
+    n_steps, first = 60, 4
+    model.policy.network[0].weight.mul_(3)
+    model.policy.network[2].weight.normal_(generator=torch.Generator().manual_seed(0))
     envs = vector("Hopper-v5", 4)
     envs.reset(seed=0)
     run(envs, np.zeros((3, 4, 3), np.float32))
     states, _ = envs.get_states()
-    anchors = Anchors(np.concatenate([states, states[:2]]), np.array([3, 3, 3, 995, 3, 3]), np.zeros(6, bool))
-    result = segment_rollout(model.policy, generation_of(model, anchors, n_steps), first, envs)
-    population = model.evolution_strategy.ask()
+    ages = np.array([3, 3, 3, 3, 3, 970, 0, 3, 3, 3, 3, 3])
+    generation = generation_of(model, Anchors(np.tile(states, (3, 1)), ages, np.arange(12) == 6), n_steps)
+    result = segment_rollout(model.policy, generation, first, envs)
+    noise = exploration_noise(generation.noise, first, (n_steps, 4, 3), 0.4)
+    ends = {tuple(place): i for i, place in enumerate(np.argwhere(result.terminated | result.truncated))}
     for row in range(4):
-        pair = (first + row) // 2
-        alone = vector("Hopper-v5", 1)
-        obs = alone.set_states(np.ones(1, bool), anchors.states[[pair]], anchors.ages[[pair]])
-        parameters = population.parameters_of(first + row)
-        ended = False
-        for t in range(result.lengths[row]):
-            # Another batch shape rounds differently: close, not equal.
-            assert not ended and np.allclose(result.obs[t, row], obs[0], atol=1e-3)
+        alone, resets = vector("Hopper-v5", 1), 0
+
+        def reset():
+            return alone.reset(seed=[reset_seed(generation.noise, first + row, resets)])[0]  # noqa: B023
+
+        if row == 2:
+            obs, resets = reset(), 1
+        else:
+            obs = alone.set_states(np.ones(1, bool), states[[row]], ages[[first + row]])
+        for t in range(n_steps):
             features = model.policy.features(torch.from_numpy(obs))
-            outputs = torch.func.functional_call(model.policy.network, parameters, features)
-            obs, rewards, terminations, truncations, _ = alone.step(model.policy.actions(outputs).numpy())
-            assert rewards[0] == pytest.approx(result.rewards[t, row], abs=1e-3)
-            ended = bool(terminations[0] or truncations[0])
-        assert np.allclose(result.obs[t + 1 :, row], obs[0], atol=1e-3)
-        assert ended == (result.terminated | result.truncated)[row]
-        assert np.allclose(alone.get_states()[0][0], result.states[row], atol=1e-2)
-    assert result.truncated[2:].all() and result.lengths[2:].tolist() == [5, 5]
-    assert not result.rewards[np.arange(n_steps)[:, None] >= result.lengths].any()
-    assert result.moments.count.tolist() == result.lengths.tolist()
+            # Another batch shape rounds differently: close, not equal.
+            assert np.allclose(result.features[t, row], features[0], atol=2e-2)
+            outputs = model.policy.network(features) + torch.from_numpy(noise[t, row])
+            assert np.allclose(result.outputs[t, row], outputs[0], atol=5e-2)
+            # What was done, not what this policy would do: contacts amplify the last bit.
+            actions = model.policy.actions(torch.from_numpy(result.outputs[t, [row]])).numpy()
+            obs, rewards, terminations, truncations, _ = alone.step(actions)
+            assert rewards[0] == pytest.approx(result.rewards[t, row], abs=1e-2)
+            assert terminations[0] == result.terminated[t, row]
+            assert (truncations[0] and not terminations[0]) == result.truncated[t, row]
+            if terminations[0] or truncations[0]:
+                final = model.policy.features(torch.from_numpy(obs))[0]
+                assert np.allclose(result.final_features[ends[t, row]], final, atol=2e-2)
+                if t < n_steps - 1:
+                    obs, resets = reset(), resets + 1
+        assert alone.get_states()[1][0] == result.ages[row]
+    assert result.terminated.any() and len(ends) == len(result.final_features) >= 3
+    assert result.lengths.tolist() == [n_steps] * 4 and result.moments.count.tolist() == [n_steps] * 4
 
 
-def test_members_of_a_pair_start_alike_and_new_episodes_differ(model):
-    generation = generation_of(model, model.scorer.anchors, 5)
+def test_new_episodes_differ_and_noise_does_too(model):
+    generation = model.next_generation()
     results = [segment_rollout(model.policy, generation, first, vector("Hopper-v5", 4)) for first in (0, 4, 8)]
-    starts = np.concatenate([result.obs[0] for result in results])
-    assert np.array_equal(starts[0::2], starts[1::2])
-    assert len(np.unique(starts, axis=0)) == 6
+    assert len(np.unique(np.concatenate([result.features[0] for result in results]), axis=0)) == 12
+    noise = np.concatenate([result.outputs for result in results], axis=1)  # the first policy's mean is zero
+    assert len(np.unique(noise)) == noise.size and noise.std() == pytest.approx(0.4, rel=0.2)
 
 
-def test_a_short_last_slice_has_padding_that_does_not_run(model):
-    # 6 pairs in slices of 8 members: the second has 4 real ones, in envs that ran 8 before.
-    other = EGGROLL("MlpPolicy", "Hopper-v5", seed=3, policy_kwargs={"net_arch": [8]}, **{**SETTINGS, "slice_size": 8})
-    generation, envs = generation_of(other, other.scorer.anchors, 5), vector("Hopper-v5", 8)
+def test_a_short_last_slice_has_padding_that_does_not_run():
+    # 12 simulations in slices of 8: the second has 4 real ones, in envs that ran 8 before.
+    other = EGGROLL("MlpPolicy", "Hopper-v5", seed=3, n_workers=0, **{**SETTINGS, "slice_size": 8})
+    generation, envs = other.next_generation(), vector("Hopper-v5", 8)
     segment_rollout(other.policy, generation, 0, envs)
     before, _ = envs.get_states()
     result = segment_rollout(other.policy, generation, 8, envs)
     assert np.array_equal(envs.get_states()[0][4:], before[4:])
     alone = segment_rollout(other.policy, generation, 8, vector("Hopper-v5", 8))
-    assert np.array_equal(result.states, alone.states) and np.array_equal(result.obs, alone.obs)
-    assert result.lengths.shape == (4,) and result.moments.count.tolist() == result.lengths.tolist()
+    assert np.array_equal(result.states, alone.states) and np.array_equal(result.features, alone.features)
+    assert result.rewards.shape == (5, 4) and result.moments.count.tolist() == [5] * 4
 
 
 def test_a_new_episode_that_has_an_age_is_cut_short(model):
-    anchors = Anchors(np.zeros_like(model.scorer.anchors.states), np.array([998, 0, 0, 0, 0, 0]), np.ones(6, bool))
-    result = segment_rollout(model.policy, generation_of(model, anchors, 5), 0, vector("Hopper-v5", 4))
-    assert result.lengths.tolist() == [2, 2, 5, 5] and result.truncated.tolist() == [True, True, False, False]
+    anchors = Anchors(np.zeros_like(model.scorer.anchors.states), np.array([998, *[0] * 11]), np.ones(12, bool))
+    result = segment_rollout(model.policy, generation_of(model, anchors), 0, vector("Hopper-v5", 4))
+    assert np.argwhere(result.truncated).tolist() == [[1, 0]] and result.ages.tolist() == [3, 5, 5, 5]
+
+
+def test_an_end_at_the_last_step_is_a_new_episode_in_the_next_generation(model):
+    anchors = Anchors(np.zeros_like(model.scorer.anchors.states), np.array([995, *[0] * 11]), np.ones(12, bool))
+    generation = generation_of(model, anchors)
+    results = [segment_rollout(model.policy, generation, first, vector("Hopper-v5", 4)) for first in (0, 4, 8)]
+    assert results[0].truncated[-1, 0]
+    model.update(results)
+    assert model.scorer.anchors.new.tolist() == [True] + [False] * 11
+    assert model.scorer.anchors.ages.tolist() == [0] + [5] * 11
 
 
 def test_a_new_episode_observes_what_a_reset_does():
@@ -185,20 +211,46 @@ def test_a_new_episode_observes_what_a_reset_does():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Scores
+# Advantages and the critic
 
 
-def test_discounted_differences_by_hand():
-    """Two steps, gamma 0.5, lambda 0.5: member 0 runs on, member 1 falls at once, member 2 is cut by the time limit."""
-    rewards = np.array([[1.0, 3.0, 3.0], [2.0, 0.0, 0.0]])
-    values = np.array([[10.0, 10.0, 10.0], [20.0, 99.0, 40.0], [40.0, 99.0, 40.0]])
-    lengths, terminated = np.array([2, 1, 1]), np.array([False, True, False])
-    # deltas: 1 + 10 - 10 = 1, 2 + 20 - 20 = 2;  3 - 10 = -7;  3 + 20 - 10 = 13
-    advantages = discounted_differences(rewards, values, lengths, terminated, 0.5, 0.5)
-    assert advantages.tolist() == [[1 + 0.25 * 2, -7, 13], [2, 0, 0]]
-    whole = discounted_differences(rewards, values, lengths, terminated, 0.5, 1.0)[0] + values[0]
-    # reward + discounted value of where it ended: 1 + 1 + 40/4;  3;  3 + 40/2
-    assert whole.tolist() == [12, 3, 23]
+def test_advantages_by_hand():
+    """Two steps, gamma 0.5, lambda 0.5: simulation 0 runs on, 1 falls at once, 2 is cut by the time limit."""
+    rewards = np.array([[1.0, 3.0, 3.0], [2.0, 1.0, 1.0]])
+    values = np.array([[10.0, 10.0, 10.0], [20.0, 4.0, 4.0]])
+    following = np.array([[20.0, 0.0, 40.0], [40.0, 8.0, 8.0]])
+    ended = np.array([[False, True, True], [False, False, False]])
+    # deltas: 1 + 10 - 10 = 1, 2 + 20 - 20 = 2;  3 - 10 = -7;  3 + 20 - 10 = 13;  1 + 4 - 4 = 1
+    expected = [[1 + 0.25 * 2, -7, 13], [2, 1, 1]]
+    assert advantages(rewards, values, following, ended, 0.5, 0.5).tolist() == expected
+
+
+class Opinion(Critic):
+    """A state is worth ten times its first feature."""
+
+    def values(self, features):
+        return 10.0 * features[:, 0].double().numpy()
+
+
+def test_what_follows_a_step_is_the_final_state_and_not_that_of_the_next_episode(model, monkeypatch):
+    """Ends in two slices, at different steps: each gets its own final state's value."""
+    recorded = []
+    anchors = Anchors(np.zeros_like(model.scorer.anchors.states), np.zeros(12, dtype=int), np.ones(12, bool))
+    anchors.ages[[0, 2, 5]] = [998, 997, 999]  # end at steps 1, 2 and 0
+    generation = generation_of(model, anchors)
+    results = [segment_rollout(model.policy, generation, first, vector("Hopper-v5", 4)) for first in (0, 4, 8)]
+    monkeypatch.setattr(scoring, "improve", lambda es, samples, *rest: recorded.append(samples) or {})
+    model.scorer._kept = scoring.replace(model.scorer._kept, critic=Opinion(11, seed=0))
+    model.scorer.gae_lambda = 0.0
+    model.update(results)
+    found = recorded[0].advantages.reshape(5, 12)
+    final = {(1, 0): results[0].final_features[0], (2, 2): results[0].final_features[1]}
+    final[0, 5] = results[1].final_features[0]
+    for t, n in np.ndindex(5, 12):
+        result, row = results[n // 4], n % 4
+        following = final.get((t, n), result.features[t + 1, row])[0]
+        expected = result.rewards[t, row] + 0.98 * 10 * following - 10 * result.features[t, row, 0]
+        assert found[t, n] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_critic_learns_and_keeps_its_opinion_when_the_scale_moves():
@@ -229,36 +281,23 @@ def test_the_critic_is_a_function_of_its_seed():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_pair_goes_on_from_one_of_its_members():
-    model = EGGROLL("MlpPolicy", "HalfCheetah-v5", seed=0, n_workers=0, **SETTINGS)
-    started = model.scorer.anchors
-    started.ages[:] = [0, 100, 200, 300, 400, 997]  # the last one ends after 3 steps
-    generation, envs = model.next_generation(), vector("HalfCheetah-v5", 4)
-    results = [segment_rollout(model.policy, generation, first, envs) for first in (0, 4, 8)]
-    model.scorer.score(results, 0.0, 0)
-    assert model.scorer.anchors is started  # nothing has changed yet
-    model.scorer.advance()
-    anchors, ends = model.scorer.anchors, np.concatenate([result.states for result in results])
-    for pair in range(6):
-        assert any(np.array_equal(anchors.states[pair], ends[2 * pair + i]) for i in (0, 1))
-    assert anchors.new.tolist() == [False] * 5 + [True]
-    assert anchors.ages.tolist() == [5, 105, 205, 305, 405, 0]
-
-
-def test_a_signal_in_the_middle_of_learning_leaves_the_critic_as_it_was(monkeypatch):
+def test_a_signal_in_the_middle_of_an_update_leaves_everything_as_it_was(monkeypatch):
     model = segments_trained(0)
-    before = {name: tensor.clone() for name, tensor in model.scorer.critic.state_dict().items()}
-    assert model.scorer._kept.samples is not None
+    policy, scorer, generation = digest(model), scorer_bytes(model), model.evolution_strategy.generation
+    results = [evaluate_slice(model.policy, model.next_generation(), n, vector("Hopper-v5", 4)) for n in (0, 4, 8)]
+    fit = Critic.fit
 
     def stopped(*args):
+        fit(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.scorer.critic.optimizer.__class__, "zero_grad", stopped)
+        patch.setattr(Critic, "fit", stopped)
         with pytest.raises(KeyboardInterrupt):
-            model.scorer.learn()
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.scorer.critic.state_dict().items())
-    assert scorer_bytes(model) == scorer_bytes(segments_trained(0))
+            model.update(results)
+    assert (digest(model), scorer_bytes(model), model.evolution_strategy.generation) == (policy, scorer, generation)
+    model.update(results)
+    assert digest(model) != policy and scorer_bytes(model) != scorer
 
 
 def test_a_critic_that_diverges_is_named_and_not_kept():
@@ -271,7 +310,7 @@ def test_a_critic_that_diverges_is_named_and_not_kept():
 
 def test_episodes_are_counted_over_segments():
     """Hopper at rest falls: the episodes that ended are those of a policy that runs them whole."""
-    still = {"sigma": 1e-9, "learning_rate": 1e-9, "critic_kwargs": {"n_epochs": 1}}
+    still = {"exploration_std": 1e-9, "target_kl": 1e-9, "critic_kwargs": {"n_epochs": 1}}
     model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, **still, **SETTINGS)
     model.learn(5000, log_interval=None)
     alone = vector("Hopper-v5", 1)
@@ -332,20 +371,22 @@ def test_a_saved_model_goes_on_as_if_it_had_not_been(tmp_path):
     assert scorer_bytes(loaded) == scorer_bytes(model)
 
 
-def test_a_failed_update_changes_nothing():
-    calls = []
+def test_a_failed_update_changes_nothing(monkeypatch):
+    calls, improve = [], scoring.improve
 
-    def fails_once(fitness):
+    def fails_once(es, recorded, *rest):
         calls.append(1)
-        return fitness * (np.nan if len(calls) == 3 else 1)
+        if len(calls) == 3:
+            recorded.advantages[7] = np.nan
+        return improve(es, recorded, *rest)
 
-    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, fitness_shaping=fails_once, **SETTINGS)
-    with pytest.raises(NonFiniteError):
+    monkeypatch.setattr(scoring, "improve", fails_once)
+    model, other = (EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, **SETTINGS) for _ in range(2))
+    with pytest.raises(NonFiniteError, match="generation 2"):
         model.learn(600, log_interval=None)
-    assert model.scorer.anchors.new.sum() < 6  # two generations were made
+    assert not model.scorer.anchors.new.all()
     assert model._n_updates == 2
     model.learn(1, log_interval=None, reset_num_timesteps=False)
-    other = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, fitness_shaping=lambda f: f * 1, **SETTINGS)
     for _ in range(3):
         other.learn(1, log_interval=None, reset_num_timesteps=False)
     assert model._n_updates == other._n_updates == 3
@@ -366,7 +407,7 @@ def test_an_episode_that_fails_ends_the_run_and_it_goes_on_from_there(monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(MujocoVectorEnv, "step", fails_once)
-        with pytest.raises(EpisodeError, match="generation 2, member 7, step 2 of its segment: "):
+        with pytest.raises(EpisodeError, match="generation 2, simulation 7, step 1 of its segment: "):
             model.learn(600, log_interval=None)
     assert model._n_updates == 2
     model.learn(1, log_interval=None, reset_num_timesteps=False)
@@ -393,20 +434,12 @@ def test_another_env_takes_the_critic_and_starts_new_episodes(tmp_path):
     assert model.scorer.anchors.new.all()
     assert torch.equal(model.scorer.state_dict()["critic.head.weight"], critic)
     model.save(tmp_path / "model")
-    more = EGGROLL.load(tmp_path / "model", env="Hopper-v5", population_size=20)
+    more = EGGROLL.load(tmp_path / "model", env="Hopper-v5", n_segments=20)
     more.learn(1, log_interval=None, reset_num_timesteps=False)
-    assert len(more.scorer.anchors.ages) == 10 and more.num_timesteps > model.num_timesteps
+    assert len(more.scorer.anchors.ages) == 20 and more.num_timesteps > model.num_timesteps
     with pytest.raises(ConfigError, match="critic_kwargs .*do not fit the saved critic"):
         loaded = EGGROLL.load(tmp_path / "model", env="Hopper-v5", critic_kwargs={"net_arch": [8]})
         loaded.learn(60)
-
-
-def test_fitness_shaping_follows_fitness(tmp_path):
-    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0)
-    assert model.shaping == "centered_rank"
-    model.save(tmp_path / "model")
-    loaded = EGGROLL.load(tmp_path / "model", env="Hopper-v5", fitness="segment")
-    assert loaded.shaping == "pair_rank" and loaded.evolution_strategy.fitness_shaping is pair_rank
 
 
 @pytest.mark.parametrize(
@@ -426,6 +459,10 @@ def test_fitness_shaping_follows_fitness(tmp_path):
             "critic_kwargs needs fitness='segment'",
         ),
         ("Hopper-v5", {"n_eval_episodes": 2}, "n_eval_episodes must be 1 with fitness='segment', got 2"),
+        ("Hopper-v5", {"n_segments": 0}, "n_segments must be a whole number, at least 1, got 0"),
+        ("Hopper-v5", {"target_kl": 0}, "target_kl must be a finite number above 0, got 0"),
+        ("Hopper-v5", {"exploration_std": "lim_1"}, "exploration_std must be a number above 0 or 'lin_<number>'"),
+        ("Hopper-v5", {"fitness_shaping": "standardize"}, "fitness_shaping and best_fraction have no effect with"),
     ],
 )
 def test_what_cannot_be_is_refused(env, settings, message):

@@ -121,7 +121,7 @@ def test_a_point_of_the_space_becomes_settings():
     base = {"population_size": 64, "policy_kwargs": {"net_arch": [32], "squash_output": True}, "learning_rate": 0.01}
     assert _start(base, SPACES["segment"]) == {
         "population_size": 64, "learning_rate": 0.01, "schedule": "constant", "network": "32", "sigma": 0.05,
-        "segment_steps": 16, "gamma": 0.98,
+        "segment_steps": 64, "gamma": 0.98,
     }  # fmt: skip
     chosen = {"population_size": 32, "learning_rate": 0.02, "schedule": "linear", "network": "linear", "gamma": 0.99}
     assert _settings(base, chosen) == {
