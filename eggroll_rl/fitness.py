@@ -29,7 +29,7 @@ def _mean_ranks(values: Tensor) -> Tensor:
 def pair_rank(fitness: Tensor) -> Tensor:
     """Rank the pairs by the distance between their members, which get plus and minus half of it, in (0, 0.5].
 
-    For pairs that start from different states, where only the two members of a pair can be compared.
+    For pairs that are tried on different tasks or states, where only the two members of a pair can be compared.
     """
     pairs = fitness.view(-1, 2)
     difference = pairs[:, 0] - pairs[:, 1]

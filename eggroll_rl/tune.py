@@ -24,21 +24,24 @@ from eggroll_rl.errors import ConfigError, EggrollError
 from eggroll_rl.es import check_whole
 
 OBJECTIVES = ("final", "mean")
-_NETWORKS: dict[str, list[int]] = {"linear": [], "16": [16], "32": [32], "64-64": [64, 64]}
+_NETWORKS: dict[str, list[int]] = {"linear": [], "8": [8], "16": [16], "32": [32], "64": [64], "64-64": [64, 64]}
 # A list is a choice; a table is a number between low and high, on a logarithmic scale.
-_SHARED: dict[str, Any] = {
-    "sigma": {"low": 0.01, "high": 0.3},
-    "learning_rate": {"low": 0.002, "high": 0.1},
-    "schedule": ["constant", "linear"],
-    "network": list(_NETWORKS),
-}
 SPACES: dict[str, dict[str, Any]] = {
-    "episode": {**_SHARED, "population_size": [8, 16, 32, 64, 128]},
+    "episode": {
+        "sigma": {"low": 0.01, "high": 0.3},
+        "learning_rate": {"low": 0.002, "high": 0.1},
+        "schedule": ["constant", "linear"],
+        "network": list(_NETWORKS),
+        "population_size": [8, 16, 32, 64, 128],
+    },
     "segment": {
-        **_SHARED,
-        "population_size": [32, 64, 128, 256],
-        "segment_steps": [8, 16, 32, 64, 128],
+        "exploration_std": {"low": 0.1, "high": 1.0},
+        "target_kl": {"low": 0.02, "high": 0.5},
+        "network": list(_NETWORKS),
+        "n_segments": [16, 32, 64],
+        "segment_steps": [32, 64, 128],
         "gamma": [0.97, 0.98, 0.99, 0.995],
+        "gae_lambda": [0.9, 0.95, 0.98],
     },
 }
 
@@ -188,7 +191,7 @@ def _suggest(trial: Any, name: str, values: Any) -> Any:
 
 def _start(base: dict[str, Any], space: dict[str, Any]) -> dict[str, Any]:
     """Return what the preset's own settings are in the space, as far as they lie in it: the first trial."""
-    base = RunConfig.with_defaults(base)
+    base = RunConfig.with_defaults({"population_size": 64, **base})
     rate, linear = base["learning_rate"], False
     if isinstance(rate, str):
         linear, rate = rate.startswith("lin_"), float(rate.removeprefix("lin_"))
@@ -208,13 +211,14 @@ def _lies_in(value: Any, values: Any) -> bool:
 def _settings(base: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     """Turn a point of the space into EGGROLL's settings."""
     chosen = dict(chosen)
-    network, schedule = chosen.pop("network"), chosen.pop("schedule")
+    network, schedule = chosen.pop("network"), chosen.pop("schedule", None)
     settings = {**base, **chosen, "policy": "MlpPolicy"}
     settings["policy_kwargs"] = {**base.get("policy_kwargs", {}), "net_arch": _NETWORKS[network]}
     if schedule == "linear":
         settings["learning_rate"] = f"lin_{settings['learning_rate']:.6g}"
     # Two slices, for two workers: part of the result, whatever the machine.
-    settings["slice_size"] = max(2, settings["population_size"] // 4 * 2)
+    n_rows = settings["n_segments"] if settings.get("fitness") == "segment" else settings["population_size"]
+    settings["slice_size"] = max(2, n_rows // 4 * 2)
     return settings
 
 

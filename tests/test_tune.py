@@ -118,20 +118,34 @@ def test_a_trial_that_was_cut_runs_again(search, tmp_path, monkeypatch):
 
 
 def test_a_point_of_the_space_becomes_settings():
-    base = {"population_size": 64, "policy_kwargs": {"net_arch": [32], "squash_output": True}, "learning_rate": 0.01}
-    assert _start(base, SPACES["segment"]) == {
+    policy_kwargs = {"net_arch": [32], "squash_output": True}
+    base = {"fitness": "episode", "policy_kwargs": policy_kwargs, "learning_rate": 0.01}
+    assert _start(base, SPACES["episode"]) == {
         "population_size": 64, "learning_rate": 0.01, "schedule": "constant", "network": "32", "sigma": 0.05,
-        "segment_steps": 64, "gamma": 0.98,
     }  # fmt: skip
-    chosen = {"population_size": 32, "learning_rate": 0.02, "schedule": "linear", "network": "linear", "gamma": 0.99}
+    chosen = {"population_size": 32, "learning_rate": 0.02, "schedule": "linear", "network": "linear", "sigma": 0.1}
     assert _settings(base, chosen) == {
+        "fitness": "episode",
         "population_size": 32,
         "slice_size": 16,
         "learning_rate": "lin_0.02",
-        "gamma": 0.99,
+        "sigma": 0.1,
         "policy": "MlpPolicy",
         "policy_kwargs": {"net_arch": [], "squash_output": True},
     }
+
+
+def test_a_point_of_the_segments_space_becomes_settings():
+    base = {"fitness": "segment", "policy_kwargs": {"net_arch": [16]}, "exploration_std": "lin_0.5", "gamma": 0.99}
+    assert _start(base, SPACES["segment"]) == {
+        "target_kl": 0.1, "network": "16", "n_segments": 32, "segment_steps": 64, "gamma": 0.99, "gae_lambda": 0.95,
+    }  # fmt: skip
+    chosen = {"exploration_std": 0.3, "target_kl": 0.2, "network": "8", "n_segments": 64}
+    settings = _settings(base, chosen)
+    del chosen["network"]
+    assert settings == {
+        **base, **chosen, "slice_size": 32, "policy": "MlpPolicy", "policy_kwargs": {"net_arch": [8]}
+    }  # fmt: skip
 
 
 def test_lagging_trials_are_pruned_in_their_first_seed(search, tmp_path, monkeypatch):
@@ -187,7 +201,7 @@ def test_segments_of_an_env_that_cannot_be_copied_are_refused_at_once(search, tm
     [
         ({"sigma": {"low": "a", "high": 1}}, "sigma must be a list of numbers or a table with low and high"),
         ({"sigma": {"low": 2, "high": 1}}, "sigma: low must not be above high"),
-        ({"network": ["128"]}, "network must be some of linear, 16, 32, 64-64"),
+        ({"network": ["128"]}, "network must be some of linear, 8, 16, 32, 64, 64-64"),
         ({"schedule": ["cosine"]}, "schedule must be some of constant, linear"),
         ({"population_size": {"low": 8, "high": 64}}, "population_size must be a list of choices"),
         ({"learning_rate": ["lin_0.02"]}, "learning_rate must be a list of numbers or a table"),
