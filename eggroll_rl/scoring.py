@@ -5,6 +5,7 @@ Shapes: T steps, N members or simulations, E episodes, B samples, I inputs, S si
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from eggroll_rl.mujoco_vector import MujocoVectorEnv
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Anchors, RolloutResult
 from eggroll_rl.segments import SegmentResult
-from eggroll_rl.surrogate import Improvement, Recorded, improve, threads
+from eggroll_rl.surrogate import Improvement, Recorded, improve
 
 _AGES_STREAM = 4  # spawn key of the seed, beside those of eggroll_rl.rollout and eggroll_rl.critic
 
@@ -156,12 +157,12 @@ class SegmentScorer:
         features_TNI = torch.from_numpy(_joined(results, "features"))
         features_BI = features_TNI[:-1].flatten(0, 1)
         outputs_BO = torch.from_numpy(_joined(results, "outputs")).flatten(0, 1)
-        with one_thread(), threads() as executor:
+        with one_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
             advantages_TN, targets_TN = self._advantages(results, features_TNI, alive_bonus_offset)
             critic = copy.deepcopy(self.critic)
-            learning = executor.submit(critic.fit, features_BI, targets_TN.ravel(), es.generation)
+            learning = thread.submit(critic.fit, features_BI, targets_TN.ravel(), es.generation)
             recorded = Recorded(features_BI.to(device), outputs_BO.to(device), advantages_TN.ravel())
-            metrics = improve(es, recorded, improvement, executor, learning)
+            metrics = improve(es, recorded, improvement, learning)
         _, returns, lengths = self._episodes(results)
         ended_N = _ended(results)[-1]
         ages_N = np.where(ended_N, 0, np.concatenate([result.ages for result in results]))

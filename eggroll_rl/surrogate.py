@@ -20,7 +20,7 @@ Shapes: B samples, I inputs, O outputs, P pairs, N = 2P members.
 """
 
 import math
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,7 +34,6 @@ from eggroll_rl.lowrank import Noise, Population
 _BATCH_STREAM = 8  # spawn key of the seed, beside those of rollout, critic, scoring and segments
 _RIDGE = 0.1  # lambda, in units of K's mean eigenvalue
 _MAX_ADVANTAGE = 4.0  # deviations
-_N_PARTS = 2  # of the population, evaluated side by side
 
 
 @dataclass(frozen=True)
@@ -70,23 +69,13 @@ class Improvement:
 
 
 @torch.no_grad()
-def threads() -> ThreadPoolExecutor:
-    """Return threads for :func:`improve`, and one for what may be done meanwhile, on which torch stays on one core."""
-    return ThreadPoolExecutor(_N_PARTS + 1, initializer=torch.set_num_threads, initargs=(1,))
-
-
 def improve(
-    es: EvolutionStrategy,
-    recorded: Recorded,
-    settings: Improvement,
-    executor: Executor,
-    meanwhile: Future | None = None,
+    es: EvolutionStrategy, recorded: Recorded, settings: Improvement, meanwhile: Future | None = None
 ) -> dict[str, float]:
     """Make the generation's updates, each with a population of its own, and go on to the next generation.
 
     If anything goes wrong, be it a signal, the parameters stay as they were.
 
-    :param executor: see :func:`threads`
     :param meanwhile: has to succeed too
     :return: kl (divergence reached), clip_fraction (of samples, in the last epoch), update_ratio, sigma
     :raises NonFiniteError: an update would not be finite
@@ -94,7 +83,7 @@ def improve(
     before = {name: parameter.clone() for name, parameter in es.parameters.items()}
     try:
         with one_thread():
-            metrics = _improve(es, recorded, settings, executor)
+            metrics = _improve(es, recorded, settings)
         now = torch.cat([parameter.flatten() for parameter in es.parameters.values()])
         was = torch.cat([value.flatten() for value in before.values()])
         if not now.isfinite().all():
@@ -109,11 +98,10 @@ def improve(
     return {**metrics, "update_ratio": step / size if size > 0 else math.inf}
 
 
-def _improve(es: EvolutionStrategy, recorded: Recorded, settings: Improvement, executor: Executor) -> dict[str, float]:
+def _improve(es: EvolutionStrategy, recorded: Recorded, settings: Improvement) -> dict[str, float]:
     noise, n_samples = es.ask().noise, len(recorded.features)
     advantages = recorded.advantages - recorded.advantages.mean()
-    advantages = torch.from_numpy(advantages / (advantages.std() + 1e-8)).to(recorded.features)
-    advantages = advantages.clamp(-_MAX_ADVANTAGE, _MAX_ADVANTAGE)
+    advantages = torch.from_numpy(advantages / (advantages.std() + 1e-8)).float().clamp(-_MAX_ADVANTAGE, _MAX_ADVANTAGE)
     old_BO = (recorded.outputs - es.module(recorded.features)) / settings.std  # the noise, in deviations
     n_batches = max(1, round(n_samples / settings.batch_size))
     step_kl = settings.target_kl / (n_batches * settings.n_epochs) ** 2  # in one direction, deviations add up
@@ -130,39 +118,26 @@ def _improve(es: EvolutionStrategy, recorded: Recorded, settings: Improvement, e
             clipped += int(settled_B.sum())
             gain_BO = (ratio_B * advantage_B).masked_fill(settled_B, 0)[:, None] * noise_BO
             now = replace(noise, update=epoch * n_batches + i)
-            phi_PB = _responses(es.module, now, x_BI, executor) / settings.std
-            es.move(now, _natural_weights(phi_PB, gain_BO, step_kl))
+            es.move(now, _natural_weights(_responses(es.module, now, x_BI) / settings.std, gain_BO, step_kl))
     kl = ((recorded.outputs - es.module(recorded.features)) / settings.std - old_BO).square().sum(1).mean() / 2
     return {"kl": kl.item(), "clip_fraction": clipped / n_samples, "sigma": noise.sigma}
 
 
-def _responses(module: nn.Module, noise: Noise, x_BI: Tensor, executor: Executor) -> Tensor:
-    """Return what a pair's perturbation changes in all outputs, per unit of it: (P, B·O)."""
-    # As many parts on every machine: they round differently than the whole would.
-    n_pairs = noise.population_size // 2
-    bounds = [2 * (n_pairs * i // _N_PARTS) for i in range(_N_PARTS + 1)]
-
-    def part(first: int, end: int) -> Tensor:
-        if first == end:
-            return x_BI.new_empty(0, 0)
-        y_NBO = Population(module, noise, first, end - first).forward(x_BI)
-        return ((y_NBO[0::2] - y_NBO[1::2]) / (2 * noise.sigma)).flatten(1)
-
-    parts = executor.map(part, bounds[:-1], bounds[1:])
-    return torch.cat([responses for responses in parts if len(responses)])
+def _responses(module: nn.Module, noise: Noise, x_BI: Tensor) -> Tensor:
+    """Return what a pair's perturbation changes in the outputs, per unit of it: (P, B, O)."""
+    y_NBO = Population(module, noise).forward(x_BI)
+    return (y_NBO[0::2] - y_NBO[1::2]) / (2 * noise.sigma)
 
 
-def _natural_weights(phi_PB: Tensor, gain_BO: Tensor, step_kl: float) -> Tensor:
-    """Return the pairs' weights (P,), float64; zeros if nothing is to be gained.
-
-    :param phi_PB: responses in deviations (P, B·O)
-    """
+def _natural_weights(responses_PBO: Tensor, gain_BO: Tensor, step_kl: float) -> Tensor:
+    """Return the pairs' weights (P,), float64; zeros if nothing is to be gained."""
     n_samples = len(gain_BO)
-    fitness_P = (phi_PB @ gain_BO.flatten()).double()
-    gram_PP = (phi_PB @ phi_PB.T).double()
+    phi = responses_PBO.flatten(1)
+    fitness_P = (phi @ gain_BO.flatten()).double() / n_samples
+    gram_PP = (phi @ phi.T).double() / n_samples
     ridge = _RIDGE * gram_PP.diagonal().mean()
     if not ridge > 0 or not fitness_P.any():
         return torch.zeros_like(fitness_P)
-    ridge_PP = ridge * torch.eye(len(gram_PP), dtype=torch.float64, device=gram_PP.device)
-    weights_P = torch.linalg.solve(gram_PP + ridge_PP, fitness_P)
-    return weights_P * (step_kl / (weights_P @ gram_PP @ weights_P / (2 * n_samples))).sqrt()
+    weights_P = torch.linalg.solve(gram_PP + ridge * torch.eye(len(gram_PP), dtype=torch.float64), fitness_P)
+    kl = weights_P @ gram_PP @ weights_P / 2
+    return weights_P * (step_kl / kl).sqrt()

@@ -8,15 +8,10 @@ from torch import nn
 from eggroll_rl import lowrank, surrogate
 from eggroll_rl.errors import NonFiniteError
 from eggroll_rl.es import EvolutionStrategy
-from eggroll_rl.surrogate import Improvement, Recorded
+from eggroll_rl.surrogate import Improvement, Recorded, improve
 
 STD = 0.3
 ONCE = Improvement(STD, n_epochs=1, batch_size=10_000, target_kl=0.01, clip_range=0.2)
-
-
-def improve(es, recorded, settings):
-    with surrogate.threads() as executor:
-        return surrogate.improve(es, recorded, settings, executor)
 
 
 def linear(n_in=5, n_out=3, population_size=200, **settings):
@@ -58,7 +53,7 @@ def test_one_update_of_a_linear_policy_is_its_natural_gradient(monkeypatch):
 
 def test_weights_by_hand():
     """Two pairs, one sample, one output: responses 1 and 2, gain 3, so K = [[1, 2], [2, 4]], F = [3, 6], ridge 0.25."""
-    found = surrogate._natural_weights(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0]]), step_kl=0.5)
+    found = surrogate._natural_weights(torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[3.0]]), step_kl=0.5)
     gram = np.array([[1.0, 2.0], [2.0, 4.0]])
     expected = np.linalg.solve(gram + 0.25 * np.eye(2), [3.0, 6.0])
     # The policy moves by w·(1, 2): half its square is to be 0.5.
