@@ -101,7 +101,8 @@ def improve(
 def _improve(es: EvolutionStrategy, recorded: Recorded, settings: Improvement) -> dict[str, float]:
     noise, n_samples = es.ask().noise, len(recorded.features)
     advantages = recorded.advantages - recorded.advantages.mean()
-    advantages = torch.from_numpy(advantages / (advantages.std() + 1e-8)).float().clamp(-_MAX_ADVANTAGE, _MAX_ADVANTAGE)
+    advantages = torch.from_numpy(advantages / (advantages.std() + 1e-8)).to(recorded.features)
+    advantages = advantages.clamp(-_MAX_ADVANTAGE, _MAX_ADVANTAGE)
     old_BO = (recorded.outputs - es.module(recorded.features)) / settings.std  # the noise, in deviations
     n_batches = max(1, round(n_samples / settings.batch_size))
     step_kl = settings.target_kl / (n_batches * settings.n_epochs) ** 2  # in one direction, deviations add up
@@ -138,6 +139,6 @@ def _natural_weights(responses_PBO: Tensor, gain_BO: Tensor, step_kl: float) -> 
     ridge = _RIDGE * gram_PP.diagonal().mean()
     if not ridge > 0 or not fitness_P.any():
         return torch.zeros_like(fitness_P)
-    weights_P = torch.linalg.solve(gram_PP + ridge * torch.eye(len(gram_PP), dtype=torch.float64), fitness_P)
+    weights_P = torch.linalg.solve(gram_PP + ridge * torch.eye(len(gram_PP)).to(gram_PP), fitness_P)
     kl = weights_P @ gram_PP @ weights_P / 2
     return weights_P * (step_kl / kl).sqrt()
