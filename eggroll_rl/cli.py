@@ -85,7 +85,7 @@ def _load(model: Path, best: bool, **options: Any) -> Any:
 @click.option("--population-size", type=int, help="Members per generation, even.")
 @click.option("--sigma", type=_Number(), help="Noise scale; lin_X falls from X to 0.")
 @click.option("--rank", type=int, help="Rank of a weight's perturbation.")
-@click.option("--learning-rate", type=_Number(), help="Step size; lin_X falls from X to 0.")
+@click.option("--learning-rate", type=_Number(), help="Step size, of episodes; lin_X falls from X to 0.")
 @click.option("--n-eval-episodes", type=int, help="Training episodes per member.")
 @click.option("--fitness-shaping", help="centered_rank, pair_rank, standardize, none or best_fraction.")
 @click.option("--slice-size", type=int, help="Members evaluated together; part of the result.")

@@ -143,10 +143,15 @@ class RunConfig:
         return EGGROLL(policy, factory, seed=self.seed, n_workers=self.n_workers, **settings)
 
 
+_OF_ONE_FITNESS = (
+    "population_size", "slice_size", "sigma", "n_eval_episodes", "fitness_shaping", "best_fraction", "learning_rate",
+    "optimizer", "optimizer_kwargs", "weight_decay", "max_grad_norm", "critic_kwargs",
+)  # fmt: skip
+
+
 def without_fitness(settings: dict[str, Any]) -> dict[str, Any]:
     """Leave out what suits one kind of fitness and not the other: for a change of ``fitness``."""
-    of_one_kind = ("population_size", "slice_size", "fitness_shaping", "best_fraction", "critic_kwargs")
-    return {name: value for name, value in settings.items() if name not in of_one_kind}
+    return {name: value for name, value in settings.items() if name not in _OF_ONE_FITNESS}
 
 
 def check_names(table: Any, known: Any, where: str) -> None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks, replay
 from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, time_limit
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.es import EvolutionStrategy
+from eggroll_rl.es import EvolutionStrategy, check_positive
 from eggroll_rl.fitness import FitnessShaping
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
@@ -62,7 +62,8 @@ class EGGROLL(BaseAlgorithm):
         like ``target_kl`` and ``clip_range`` given as ``sigma`` is
     :param gamma: discount, of segments
     :param gae_lambda: of the advantages in segments
-    :param target_kl: divergence that a generation of segments moves the policy by, at most
+    :param target_kl: divergence that a generation of segments moves the policy by if its updates agree, measured on
+        their own samples
     :param n_epochs: passes over a generation's samples
     :param batch_size: samples per update, each with a population of its own
     :param clip_range: of the likelihood ratio, as in PPO
@@ -136,8 +137,7 @@ class EGGROLL(BaseAlgorithm):
         device: torch.device | str = "cpu",
         _init_setup_model: bool = True,
     ):
-        by_segments = fitness == "segment"
-        self.population_size = (512 if by_segments else 64) if population_size is None else population_size
+        self.population_size: int = population_size  # type: ignore[assignment] # _fill_in() sees to it
         self.sigma = make_schedule("sigma", sigma)
         self.rank = rank
         self.fitness = fitness
@@ -160,11 +160,12 @@ class EGGROLL(BaseAlgorithm):
         self.optimizer_kwargs = optimizer_kwargs
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
-        self.slice_size = (16 if by_segments else 32) if slice_size is None else slice_size
+        self.slice_size: int = slice_size  # type: ignore[assignment]
         self.n_workers = n_workers
         self.seed = seed
         self.noise_seed = seed
         learning_rate = make_schedule("learning_rate", learning_rate)
+        self._fill_in()
         check_settings(self)
         if isinstance(policy, str) and policy not in self.policy_aliases:
             raise ConfigError(f"policy must be one of {', '.join(self.policy_aliases)} or a class, got {policy!r}")
@@ -246,6 +247,8 @@ class EGGROLL(BaseAlgorithm):
         :param kwargs: further arguments of SB3's ``load``, and settings to change
         """
         env_kwargs = kwargs.pop("env_kwargs", None)
+        if "fitness" in kwargs:  # what suited the other kind does not suit this one
+            kwargs = {"population_size": None, "slice_size": None, **kwargs}
         model = super().load(path, env=None, device=device, **kwargs)
         if env is not None:
             model.set_env(env, env_kwargs=env_kwargs)
@@ -282,6 +285,7 @@ class EGGROLL(BaseAlgorithm):
         self.optimizer = find_optimizer(self.optimizer)
         if isinstance(self.learning_rate, str):
             self.learning_rate = make_schedule("learning_rate", self.learning_rate)
+        self._fill_in()
         check_settings(self)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -317,6 +321,16 @@ class EGGROLL(BaseAlgorithm):
         self._es.generation = self._n_updates
         self.policy.optimizer = self._es.optimizer
 
+    def _fill_in(self) -> None:
+        """Give settings that were left open what suits the kind of fitness."""
+        by_segments = self.fitness == "segment"
+        if self.population_size is None:
+            self.population_size = 512 if by_segments else 64
+        if self.slice_size is None:
+            self.slice_size = 16 if by_segments else 32
+        if self.fitness_shaping is None:  # of models saved before this had a default
+            self.fitness_shaping = "centered_rank"
+
     def save(self, path: Any, *args: Any, **kwargs: Any) -> None:
         """Save as SB3 does, with what the scorer keeps between generations."""
         self._keep_scorer_state()
@@ -350,7 +364,7 @@ class EGGROLL(BaseAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:
-        """Train for at least ``total_timesteps`` env steps, counted over all members.
+        """Train for at least ``total_timesteps`` env steps, counted over all members or simulations.
 
         :param callback: SB3 callbacks see a finished generation replayed in member order; one that says stop
             ends the run before the update. A ``GenerationCallback`` is asked once per generation instead
@@ -419,6 +433,8 @@ class EGGROLL(BaseAlgorithm):
     def _improvement(self) -> Improvement:
         schedules = (self.exploration_std, self.target_kl, self.clip_range)
         std, target_kl, clip_range = (schedule(self._progress_remaining()) for schedule in schedules)
+        for name, value in (("exploration_std", std), ("target_kl", target_kl), ("clip_range", clip_range)):
+            check_positive(name, value)
         return Improvement(std, self.n_epochs, self.batch_size, target_kl, clip_range)
 
     def _make_evaluator(self) -> Evaluator:

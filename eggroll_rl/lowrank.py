@@ -7,7 +7,8 @@ is evaluated at
     b + s·sigma·eps              for every other parameter, eps ~ N(0, 1)
 
 with r clamped to min(O, I), s = +1 for even n and -1 for odd n, and the same A, B, eps for members 2k and 2k+1
-(an antithetic pair). A Bᵀ is never formed per member: Y = X Wᵀ + s·sigma/sqrt(r)·(X B) Aᵀ.
+(an antithetic pair). Y = X Wᵀ + s·sigma/sqrt(r)·(X B) Aᵀ needs no A Bᵀ; it is formed, for a few members at a time, only
+where many inputs are evaluated per member and it costs less.
 
 Shapes: N members, P pairs, B batch, I inputs, O outputs, R rank.
 """
@@ -309,7 +310,7 @@ class Population:
         parts = []
         for first in range(0, self.size, at_once):
             members = slice(first, first + at_once)
-            y = x_BI.t()
+            y = x_BI.t() if layers[0] is linear[0] else x_BI.t().clone()  # an activation may work in place
             for layer in layers:
                 if isinstance(layer, PerturbedLinear):
                     weight_NOI, bias_NO1 = layer.dense(members)

@@ -160,14 +160,11 @@ class SegmentScorer:
         with one_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
             advantages_TN, targets_TN = self._advantages(results, features_TNI, alive_bonus_offset)
             critic = copy.deepcopy(self.critic)
+            moved_on = self._moved_on(results, critic)
             learning = thread.submit(critic.fit, features_BI, targets_TN.ravel(), es.generation)
             recorded = Recorded(features_BI.to(device), outputs_BO.to(device), advantages_TN.ravel())
             metrics = improve(es, recorded, improvement, learning)
-        _, returns, lengths = self._episodes(results)
-        ended_N = _ended(results)[-1]
-        ages_N = np.where(ended_N, 0, np.concatenate([result.ages for result in results]))
-        anchors = Anchors(np.concatenate([result.states for result in results]), ages_N, ended_N)
-        self._kept = _Kept(anchors, returns, lengths, critic)
+            self._kept = moved_on
         variance = targets_TN.var()
         return {
             **metrics,
@@ -175,6 +172,13 @@ class SegmentScorer:
             "value_loss": learning.result(),
             "explained_variance": float(1 - advantages_TN.var() / variance) if variance > 0 else math.nan,
         }
+
+    def _moved_on(self, results: list[SegmentResult], critic: Critic) -> _Kept:
+        _, returns, lengths = self._episodes(results)
+        ended_N = _ended(results)[-1]
+        ages_N = np.where(ended_N, 0, np.concatenate([result.ages for result in results]))
+        anchors = Anchors(np.concatenate([result.states for result in results]), ages_N, ended_N)
+        return _Kept(anchors, returns, lengths, critic)
 
     def _advantages(
         self, results: list[SegmentResult], features_TNI: torch.Tensor, alive_bonus_offset: float
@@ -212,6 +216,10 @@ class SegmentScorer:
 
         :raises ConfigError: the critic is another one
         """
+        if "value_loss" in state:
+            raise ConfigError(
+                "these segments were saved by an older version, whose anchors belonged to pairs of members"
+            )
         critic = copy.deepcopy(self.critic)
         entries: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in state.items():

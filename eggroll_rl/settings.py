@@ -78,8 +78,15 @@ def _check_segments(model: Any) -> None:
         return
     if model.n_eval_episodes != 1:
         raise ConfigError(f"n_eval_episodes must be 1 with fitness='segment', got {model.n_eval_episodes}")
-    if model.fitness_shaping != "centered_rank" or model.best_fraction is not None:
-        raise ConfigError(
-            "fitness_shaping and best_fraction have no effect with fitness='segment', which weighs members by "
-            f"natural gradient, got {model.fitness_shaping!r} and {model.best_fraction!r}"
-        )
+    of_episodes: dict[str, Any] = {
+        "fitness_shaping": "centered_rank",
+        "best_fraction": None,
+        "optimizer": torch.optim.Adam,
+    }
+    of_episodes |= {"optimizer_kwargs": None, "weight_decay": 0.0, "max_grad_norm": None}
+    for name, default in of_episodes.items():
+        value = getattr(model, name)
+        if value != default:
+            raise ConfigError(
+                f"{name} has no effect with fitness='segment', whose steps follow the natural gradient, got {value!r}"
+            )

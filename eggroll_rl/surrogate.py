@@ -57,7 +57,8 @@ class Improvement:
     :param std: deviation s of the noise with which they were recorded
     :param n_epochs: passes over them
     :param batch_size: samples per update, about
-    :param target_kl: divergence between the policies before and after, if all updates go in one direction
+    :param target_kl: divergence between the policies before and after if all updates go in one direction, each measured
+        on its own samples
     :param clip_range: of the likelihood ratio
     """
 
@@ -88,12 +89,12 @@ def improve(
         was = torch.cat([value.flatten() for value in before.values()])
         if not now.isfinite().all():
             raise NonFiniteError(f"the updates of generation {es.generation} are not finite: nothing was updated")
+        step, size = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (now - was, was))
         if meanwhile is not None:
             meanwhile.result()
     except BaseException:
         es.set_parameters(before)
         raise
-    step, size = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (now - was, was))
     es.end_generation()
     return {**metrics, "update_ratio": step / size if size > 0 else math.inf}
 
@@ -137,7 +138,7 @@ def _natural_weights(responses_PBO: Tensor, gain_BO: Tensor, step_kl: float) -> 
     fitness_P = (phi @ gain_BO.flatten()).double() / n_samples
     gram_PP = (phi @ phi.T).double() / n_samples
     ridge = _RIDGE * gram_PP.diagonal().mean()
-    if not ridge > 0 or not fitness_P.any():
+    if ridge == 0 or not fitness_P.any():
         return torch.zeros_like(fitness_P)
     weights_P = torch.linalg.solve(gram_PP + ridge * torch.eye(len(gram_PP)).to(gram_PP), fitness_P)
     kl = weights_P @ gram_PP @ weights_P / 2

@@ -9,10 +9,12 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from eggroll_rl import EGGROLL
 
-total_timesteps = int(sys.argv[1]) if len(sys.argv) > 1 else 3_000_000
+total_timesteps = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
 
-settings = dict(population_size=32, slice_size=16, learning_rate=0.015, max_episode_steps=500)  # as the preset
-model = EGGROLL("MlpPolicy", "HalfCheetah-v5", policy_kwargs=dict(net_arch=[32]), seed=0, verbose=1, **settings)
+settings = dict(
+    fitness="segment", exploration_std=0.3, gae_lambda=0.92, policy_kwargs=dict(net_arch=[16])
+)  # the preset
+model = EGGROLL("MlpPolicy", "HalfCheetah-v5", seed=0, verbose=1, **settings)
 model.learn(total_timesteps, progress_bar=True)
 model.save("halfcheetah")
 

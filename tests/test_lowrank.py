@@ -317,6 +317,16 @@ def test_the_same_inputs_for_all_members_are_what_they_are_for_each(rank, at_onc
         torch.testing.assert_close(population.forward(x[:few]), repeated[:, :few], atol=1e-6, rtol=1e-5)
 
 
+def test_an_activation_that_works_in_place_leaves_the_inputs_alone(monkeypatch):
+    monkeypatch.setattr(lowrank, "_NUMBERS_AT_ONCE", 60)
+    module = nn.Sequential(nn.SiLU(inplace=True), nn.Linear(5, 3))
+    population, x = Population(module, make_noise()), torch.randn(9, 5)
+    before = x.clone()
+    y = population.forward(x)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(y, population.forward(before.expand(8, 9, 5), per_member=True), atol=1e-6, rtol=1e-5)
+
+
 def test_each_update_of_a_generation_has_noise_of_its_own():
     noises = [make_noise(update=update) for update in (0, 1, 2)] + [make_noise(generation=make_noise().generation + 1)]
     drawn = torch.stack([standard_normal(noise, 0, 0, 4, 1000) for noise in noises]).flatten(1)

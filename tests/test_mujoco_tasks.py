@@ -154,7 +154,7 @@ def test_episodes_to_the_tasks_own_limit_are_gymnasiums(env_id, feedback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_episodes_of_a_trained_policy_are_gymnasiums(seed):
     folder = Path(__file__).parent.parent / "agents" / "HalfCheetah-v5" / f"eggroll-seed{seed}"
     predict = load_agent(folder).predict

@@ -442,6 +442,30 @@ def test_another_env_takes_the_critic_and_starts_new_episodes(tmp_path):
         loaded.learn(60)
 
 
+def test_what_was_left_open_follows_fitness(tmp_path):
+    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0)
+    assert (model.population_size, model.slice_size, model.n_rows) == (64, 32, 64)
+    model.fitness_shaping = None  # as saved by versions in which that was the default
+    model.save(tmp_path / "model")
+    loaded = EGGROLL.load(tmp_path / "model", env="Hopper-v5", fitness="segment")
+    assert (loaded.population_size, loaded.slice_size, loaded.n_rows) == (512, 16, 32)
+    assert loaded.fitness_shaping == "centered_rank"
+    own = EGGROLL.load(tmp_path / "model", env="Hopper-v5", fitness="segment", population_size=20)
+    assert (own.population_size, own.slice_size) == (20, 16)
+
+
+def test_segments_of_an_older_version_are_refused(model):
+    state = {**model.scorer.state_dict(), "value_loss": torch.zeros(())}
+    with pytest.raises(ConfigError, match="saved by an older version, whose anchors belonged to pairs"):
+        model.scorer.load_state_dict(state)
+
+
+def test_a_schedule_that_leaves_its_range_is_named():
+    model = EGGROLL("MlpPolicy", "Hopper-v5", n_workers=0, **SETTINGS, exploration_std=lambda progress: progress - 0.5)
+    with pytest.raises(ConfigError, match="exploration_std must be a finite number above 0, got -"):
+        model.learn(600, log_interval=None)
+
+
 @pytest.mark.parametrize(
     ("env", "settings", "message"),
     [
@@ -462,7 +486,9 @@ def test_another_env_takes_the_critic_and_starts_new_episodes(tmp_path):
         ("Hopper-v5", {"n_segments": 0}, "n_segments must be a whole number, at least 1, got 0"),
         ("Hopper-v5", {"target_kl": 0}, "target_kl must be a finite number above 0, got 0"),
         ("Hopper-v5", {"exploration_std": "lim_1"}, "exploration_std must be a number above 0 or 'lin_<number>'"),
-        ("Hopper-v5", {"fitness_shaping": "standardize"}, "fitness_shaping and best_fraction have no effect with"),
+        ("Hopper-v5", {"fitness_shaping": "standardize"}, "fitness_shaping has no effect with .* natural gradient"),
+        ("Hopper-v5", {"optimizer": "SGD"}, "optimizer has no effect with"),
+        ("Hopper-v5", {"max_grad_norm": 1.0}, "max_grad_norm has no effect with .* got 1.0"),
     ],
 )
 def test_what_cannot_be_is_refused(env, settings, message):
