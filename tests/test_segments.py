@@ -462,7 +462,7 @@ def test_segments_of_an_older_version_are_refused(model):
 
 def test_a_schedule_that_leaves_its_range_is_named():
     model = EGGROLL("MlpPolicy", "Hopper-v5", n_workers=0, **SETTINGS, exploration_std=lambda progress: progress - 0.5)
-    with pytest.raises(ConfigError, match="exploration_std must be a finite number above 0, got -"):
+    with pytest.raises(ConfigError, match="exploration_std must be a finite number above 0, got 0.0"):
         model.learn(600, log_interval=None)
 
 
