@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test test-all check format build clean
 
-demo: .venv          ## train HalfCheetah-v5 (about two minutes on two cores) and record its video
+demo: .venv          ## train HalfCheetah-v5 (two to three minutes on two cores) and record its video
 	$(BIN)/eggroll-rl train HalfCheetah-v5 --output runs/demo --overwrite
 	-$(BIN)/eggroll-rl record runs/demo --plain --output runs/demo/HalfCheetah-v5.mp4
 
