@@ -42,8 +42,8 @@ class Critic(nn.Module):
         seed: int,
         net_arch: tuple[int, ...] = (64, 64),
         learning_rate: float = 1e-3,
-        n_epochs: int = 8,
-        batch_size: int = 512,
+        n_epochs: int = 4,
+        batch_size: int = 256,
     ):
         super().__init__()
         self.seed, self.net_arch, self.n_epochs, self.batch_size = seed, tuple(net_arch), n_epochs, batch_size

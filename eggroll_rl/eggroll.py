@@ -27,7 +27,7 @@ from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
 from eggroll_rl.rollout import Generation
 from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, make_scorer
 from eggroll_rl.settings import check_settings, find_optimizer, make_schedule
-from eggroll_rl.surrogate import Improvement
+from eggroll_rl.surrogate import Improvement, check_network
 from eggroll_rl.vec_env import VecEnvEvaluator
 from eggroll_rl.workers import Evaluator, count_workers, make_evaluator
 
@@ -49,21 +49,22 @@ class EGGROLL(BaseAlgorithm):
 
     :param policy: ``"MlpPolicy"``, ``"LinearPolicy"`` or a subclass of :class:`eggroll_rl.policies.MlpPolicy`
     :param env: id (``"module:Id-v0"`` works), ``EnvSpec``, function that returns an env, env, or ``VecEnv``
-    :param population_size: members per generation, even; not pairs. None is 64 for episodes and 512 for segments
+    :param population_size: members per generation, even; not pairs. In segments: per layer and update, at most as many
+        as the layer is wide
     :param sigma: noise scale; a number, ``"lin_<number>"`` (linear to 0) or a function of the progress
-        remaining, which falls from 1 to 0
-    :param rank: rank of each weight matrix's perturbation
+        remaining, which falls from 1 to 0. Of episodes alone
+    :param rank: rank of each weight matrix's perturbation; of segments 1
     :param learning_rate: step size, given as ``sigma`` is; of episodes, where segments have ``target_kl``
     :param fitness: ``"episode"`` or ``"segment"``
     :param n_eval_episodes: episodes per member; its fitness is their mean
     :param n_segments: simulations that run segments
     :param segment_steps: env steps of a segment
-    :param exploration_std: of the noise on the network's outputs in segments, where 1 is half of an action's range;
-        like ``target_kl`` and ``clip_range`` given as ``sigma`` is
+    :param exploration_std: of the noise on the network's outputs in segments at the start, where 1 is half of an action's
+        range; the update moves it, for each output by itself
     :param gamma: discount, of segments
     :param gae_lambda: of the advantages in segments
     :param target_kl: divergence that a generation of segments moves the policy by if its updates agree, measured on
-        their own samples
+        their own samples; like ``clip_range`` given as ``sigma`` is
     :param n_epochs: passes over a generation's samples
     :param batch_size: samples per update, each with a population of its own
     :param clip_range: of the likelihood ratio, as in PPO
@@ -102,7 +103,7 @@ class EGGROLL(BaseAlgorithm):
         self,
         policy: str | type[MlpPolicy],
         env: EnvSource | EnvFactory | GymEnv | None,
-        population_size: int | None = None,
+        population_size: int = 64,
         sigma: float | str | Schedule = 0.05,
         rank: int = 1,
         learning_rate: float | str | Schedule = 0.015,
@@ -110,10 +111,10 @@ class EGGROLL(BaseAlgorithm):
         n_eval_episodes: int = 1,
         n_segments: int = 32,
         segment_steps: int = 64,
-        exploration_std: float | str | Schedule = 0.4,
+        exploration_std: float = 0.6,
         gamma: float = 0.98,
         gae_lambda: float = 0.95,
-        target_kl: float | str | Schedule = 0.1,
+        target_kl: float | str | Schedule = 0.3,
         n_epochs: int = 1,
         batch_size: int = 512,
         clip_range: float | str | Schedule = 0.2,
@@ -137,14 +138,14 @@ class EGGROLL(BaseAlgorithm):
         device: torch.device | str = "cpu",
         _init_setup_model: bool = True,
     ):
-        self.population_size: int = population_size  # type: ignore[assignment] # _fill_in() sees to it
+        self.population_size = population_size
         self.sigma = make_schedule("sigma", sigma)
         self.rank = rank
         self.fitness = fitness
         self.n_eval_episodes = n_eval_episodes
         self.n_segments = n_segments
         self.segment_steps = segment_steps
-        self.exploration_std = make_schedule("exploration_std", exploration_std)
+        self.exploration_std = exploration_std
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.target_kl = make_schedule("target_kl", target_kl)
@@ -160,7 +161,7 @@ class EGGROLL(BaseAlgorithm):
         self.optimizer_kwargs = optimizer_kwargs
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
-        self.slice_size: int = slice_size  # type: ignore[assignment]
+        self.slice_size: int = slice_size  # type: ignore[assignment] # _fill_in() sees to it
         self.n_workers = n_workers
         self.seed = seed
         self.noise_seed = seed
@@ -248,7 +249,7 @@ class EGGROLL(BaseAlgorithm):
         """
         env_kwargs = kwargs.pop("env_kwargs", None)
         if "fitness" in kwargs:  # what suited the other kind does not suit this one
-            kwargs = {"population_size": None, "slice_size": None, **kwargs}
+            kwargs = {"slice_size": None, **kwargs}
         model = super().load(path, env=None, device=device, **kwargs)
         if env is not None:
             model.set_env(env, env_kwargs=env_kwargs)
@@ -269,7 +270,7 @@ class EGGROLL(BaseAlgorithm):
         if self._scorer is None:
             self._scorer = make_scorer(
                 self.fitness, self._factory, self.policy, self.n_segments,
-                gamma=self.gamma, gae_lambda=self.gae_lambda, seed=self.noise_seed,
+                exploration_std=self.exploration_std, gamma=self.gamma, gae_lambda=self.gae_lambda, seed=self.noise_seed,
                 critic_kwargs=self.critic_kwargs or {},
             )  # fmt: skip
             if self.scorer_state:
@@ -280,7 +281,7 @@ class EGGROLL(BaseAlgorithm):
 
     def _setup_model(self) -> None:
         # load() may have put changed settings in place of the checked ones.
-        for name in ("sigma", "exploration_std", "target_kl", "clip_range"):
+        for name in ("sigma", "target_kl", "clip_range"):
             setattr(self, name, make_schedule(name, getattr(self, name)))
         self.optimizer = find_optimizer(self.optimizer)
         if isinstance(self.learning_rate, str):
@@ -300,6 +301,8 @@ class EGGROLL(BaseAlgorithm):
                 raise ConfigError(f"policy_kwargs {self.policy_kwargs}: {error}") from error
         if not isinstance(policy, MlpPolicy):
             raise ConfigError(f"policy must be a subclass of eggroll_rl.policies.MlpPolicy, got {self.policy_class}")
+        if self.fitness == "segment":
+            check_network(policy.network)
         self.policy = policy.to(self.device)
         self._es = EvolutionStrategy(
             self.policy.network,
@@ -323,11 +326,8 @@ class EGGROLL(BaseAlgorithm):
 
     def _fill_in(self) -> None:
         """Give settings that were left open what suits the kind of fitness."""
-        by_segments = self.fitness == "segment"
-        if self.population_size is None:
-            self.population_size = 512 if by_segments else 64
         if self.slice_size is None:
-            self.slice_size = 16 if by_segments else 32
+            self.slice_size = 16 if self.fitness == "segment" else 32
         if self.fitness_shaping is None:  # of models saved before this had a default
             self.fitness_shaping = "centered_rank"
 
@@ -428,14 +428,13 @@ class EGGROLL(BaseAlgorithm):
         state = {name: tensor.cpu().numpy() for name, tensor in self.policy.state_dict().items()}
         noise = self._es.ask().noise
         anchors, n_steps = self.scorer.anchors, self.segment_steps
-        return Generation(noise, state, self.n_eval_episodes, anchors, n_steps, self._improvement().std)
+        return Generation(noise, state, self.n_eval_episodes, anchors, n_steps, self.scorer.exploration_std)
 
     def _improvement(self) -> Improvement:
-        schedules = (self.exploration_std, self.target_kl, self.clip_range)
-        std, target_kl, clip_range = (schedule(self._progress_remaining()) for schedule in schedules)
-        for name, value in (("exploration_std", std), ("target_kl", target_kl), ("clip_range", clip_range)):
+        target_kl, clip_range = (f(self._progress_remaining()) for f in (self.target_kl, self.clip_range))
+        for name, value in (("target_kl", target_kl), ("clip_range", clip_range)):
             check_positive(name, value)
-        return Improvement(std, self.n_epochs, self.batch_size, target_kl, clip_range)
+        return Improvement(self.n_epochs, self.batch_size, target_kl, clip_range)
 
     def _make_evaluator(self) -> Evaluator:
         assert self.env is not None

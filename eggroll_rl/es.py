@@ -241,19 +241,8 @@ class EvolutionStrategy:
             self.set_parameters(mean)
         return self.tell(fitness)
 
-    @torch.no_grad()
-    def move(self, noise: Noise, weights: Tensor) -> None:
-        """Add sum_i w_i E_i to the mean, for those who weigh pairs themselves; :meth:`end_generation` comes after.
-
-        :param noise: of the population whose pairs are weighed
-        :param weights: (P,), float64
-        """
-        utilities = torch.stack([weights, -weights], dim=1).flatten() * (noise.population_size / 2)
-        for name, step in estimate_gradient(self.module, noise, utilities).items():
-            self.parameters[name].add_(step)
-
     def end_generation(self) -> None:
-        """Count a generation whose update was made by :meth:`move`."""
+        """Go on to the next generation, for those who update the parameters themselves."""
         self.generation += 1
         self._population = None
 

@@ -43,7 +43,6 @@ class Noise:
     :param rank: rank of a weight's perturbation
     :param slice_size: members per slice (even). Forward passes run slice by slice, because floating point
         gives another last bit for another batch shape
-    :param update: counts further updates within a generation, each with noise of its own
     """
 
     seed: int
@@ -52,18 +51,17 @@ class Noise:
     sigma: float
     rank: int
     slice_size: int
-    update: int = 0
 
 
 def standard_normal(noise: Noise, parameter: int, first_pair: int, n_pairs: int, size: int) -> Tensor:
-    """Return N(0, 1) noise (n_pairs, size), float32: a pure function of (seed, generation, update, pair, parameter).
+    """Return N(0, 1) noise (n_pairs, size), float32: a pure function of (seed, generation, pair, parameter).
 
     Philox is counter based: a pair's numbers lie at a fixed place of the stream, so any range of pairs is
     made in one call, anywhere. Box-Muller is used because it consumes a fixed number of draws per normal, as
     the ziggurat of ``Generator.standard_normal`` does not. 24-bit uniforms bound |x| by 5.9.
     """
     blocks = -(-size // 8)  # one Philox block is 4 uint64: 8 normals
-    counter = [first_pair * blocks, parameter, noise.generation, noise.update]
+    counter = [first_pair * blocks, parameter, noise.generation, 0]
     philox = np.random.Philox(counter=counter, key=_key(noise.seed))
     bits = philox.random_raw(n_pairs * blocks * 4).view(np.uint32).reshape(n_pairs, 2, blocks * 4)
     uniform = ((bits >> 8).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)  # in (0, 1)

@@ -53,7 +53,7 @@ class Generation:
     :param n_eval_episodes: episodes per member
     :param anchors: where segments start; None for whole episodes
     :param segment_steps: env steps of a segment
-    :param exploration_std: of the noise on the outputs, in segments
+    :param exploration_std: (O,) of the noise on the outputs, in segments
     """
 
     noise: Noise
@@ -61,7 +61,7 @@ class Generation:
     n_eval_episodes: int
     anchors: Anchors | None = None
     segment_steps: int = 0
-    exploration_std: float = 0.0
+    exploration_std: np.ndarray | None = None
 
     def slices(self) -> range:
         """Return the first member of every slice, or the first simulation where segments run."""

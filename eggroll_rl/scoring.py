@@ -31,6 +31,7 @@ class EpisodeScorer:
     """Scores members by the mean return of their episodes."""
 
     anchors: Anchors | None = None
+    exploration_std: np.ndarray | None = None
 
     def ended_episodes(self, results: list[RolloutResult]) -> Infos:
         """Return SB3's infos of the episodes that ended, by the number of the step, counted over all members."""
@@ -66,11 +67,13 @@ class _Kept:
 
     :param returns: (N,) of the running episodes so far; NaN for those of the start, which the time limit cuts short
     :param lengths: (N,)
+    :param std: (O,) of the exploration noise
     """
 
     anchors: Anchors
     returns: np.ndarray
     lengths: np.ndarray
+    std: np.ndarray
     critic: Critic
 
 
@@ -85,6 +88,8 @@ class SegmentScorer:
     :param time_limit: env steps of an episode, or None. The first episodes begin at random ages, so that not all
         simulations reach it together
     :param n_features: inputs I of the policy's network, which are the critic's too
+    :param n_outputs: of the policy's network, O
+    :param exploration_std: of the noise on each output at the start
     :param gamma: discount
     :param gae_lambda: of the advantages
     :param seed: of ages and the critic
@@ -97,6 +102,8 @@ class SegmentScorer:
         state_size: int,
         time_limit: int | None,
         n_features: int,
+        n_outputs: int,
+        exploration_std: float,
         gamma: float,
         gae_lambda: float,
         seed: int,
@@ -110,12 +117,18 @@ class SegmentScorer:
         anchors = Anchors(np.zeros((n_segments, state_size)), ages, np.ones(n_segments, dtype=bool))
         returns = np.where(ages > 0, math.nan, 0.0)
         critic = Critic(n_features, seed, **critic_kwargs)
-        self._kept = _Kept(anchors, returns, np.zeros(n_segments, dtype=np.int64), critic)
+        std = np.full(n_outputs, float(exploration_std))
+        self._kept = _Kept(anchors, returns, np.zeros(n_segments, dtype=np.int64), std, critic)
 
     @property
     def anchors(self) -> Anchors:
         """Where the simulations of the next generation start."""
         return self._kept.anchors
+
+    @property
+    def exploration_std(self) -> np.ndarray:
+        """Deviations (O,) of the noise on the outputs in the next generation."""
+        return self._kept.std
 
     @property
     def critic(self) -> Critic:
@@ -162,13 +175,15 @@ class SegmentScorer:
             critic = copy.deepcopy(self.critic)
             moved_on = self._moved_on(results, critic)
             learning = thread.submit(critic.fit, features_BI, targets_TN.ravel(), es.generation)
-            recorded = Recorded(features_BI.to(device), outputs_BO.to(device), advantages_TN.ravel())
-            metrics = improve(es, recorded, improvement, learning)
-            self._kept = moved_on
+            recorded = Recorded(
+                features_BI.to(device), outputs_BO.to(device), advantages_TN.ravel(), self.exploration_std
+            )
+            metrics, std = improve(es, recorded, improvement, learning)
+            self._kept = replace(moved_on, std=std)
         variance = targets_TN.var()
         return {
             **metrics,
-            "exploration_std": improvement.std,
+            "exploration_std": float(recorded.std.mean()),
             "value_loss": learning.result(),
             "explained_variance": float(1 - advantages_TN.var() / variance) if variance > 0 else math.nan,
         }
@@ -178,7 +193,7 @@ class SegmentScorer:
         ended_N = _ended(results)[-1]
         ages_N = np.where(ended_N, 0, np.concatenate([result.ages for result in results]))
         anchors = Anchors(np.concatenate([result.states for result in results]), ages_N, ended_N)
-        return _Kept(anchors, returns, lengths, critic)
+        return _Kept(anchors, returns, lengths, self._kept.std, critic)
 
     def _advantages(
         self, results: list[SegmentResult], features_TNI: torch.Tensor, alive_bonus_offset: float
@@ -203,7 +218,7 @@ class SegmentScorer:
         """Return what continues a run to the bit, as tensors."""
         kept = self._kept
         arrays = {f"anchors.{name}": value for name, value in vars(kept.anchors).items()}
-        arrays |= {"returns": kept.returns, "lengths": kept.lengths}
+        arrays |= {"returns": kept.returns, "lengths": kept.lengths, "std": kept.std}
         optimizer = kept.critic.optimizer.state_dict()["state"]
         return {
             **{name: torch.from_numpy(value.copy()) for name, value in arrays.items()},
@@ -216,10 +231,8 @@ class SegmentScorer:
 
         :raises ConfigError: the critic is another one
         """
-        if "value_loss" in state:
-            raise ConfigError(
-                "these segments were saved by an older version, whose anchors belonged to pairs of members"
-            )
+        if "std" not in state:
+            raise ConfigError("these segments were saved by an older version, which kept no deviations of the noise")
         critic = copy.deepcopy(self.critic)
         entries: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in state.items():
@@ -231,7 +244,7 @@ class SegmentScorer:
         except RuntimeError as error:
             raise ConfigError(f"critic_kwargs {dict(net_arch=critic.net_arch)} do not fit the saved critic") from error
         critic.optimizer.load_state_dict({**critic.optimizer.state_dict(), "state": entries})
-        self._kept = replace(self._kept, critic=critic)
+        self._kept = replace(self._kept, critic=critic, std=state["std"].numpy())
         if "anchors.states" in state and state["anchors.states"].shape == self.anchors.states.shape:
             anchors = Anchors(**{name: state[f"anchors.{name}"].numpy() for name in vars(self.anchors)})
             returns, lengths = state["returns"].numpy(), state["lengths"].numpy()
@@ -267,7 +280,7 @@ def make_scorer(
     with torch.no_grad():
         zeros = torch.zeros(1, policy.n_inputs, dtype=torch.float64, device=policy.device)
         n_features = policy.features(zeros).shape[1]
-    return SegmentScorer(n_segments, state_size, time_limit, n_features, **settings)
+    return SegmentScorer(n_segments, state_size, time_limit, n_features, policy.n_outputs, **settings)
 
 
 def _joined(results: list[SegmentResult], name: str) -> np.ndarray:

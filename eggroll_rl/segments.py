@@ -69,10 +69,10 @@ def reset_seed(noise: Noise, simulation: int, n_resets: int) -> int:
     return int(sequence.generate_state(1)[0])
 
 
-def exploration_noise(noise: Noise, first: int, shape: tuple[int, ...], std: float) -> np.ndarray:
+def exploration_noise(noise: Noise, first: int, shape: tuple[int, ...], std_O: np.ndarray) -> np.ndarray:
     """Return a slice's noise on the outputs (T, N, O), float32."""
     sequence = np.random.SeedSequence(noise.seed, spawn_key=(_EXPLORATION_STREAM, noise.generation, first))
-    return np.random.default_rng(sequence).standard_normal(shape, dtype=np.float32) * np.float32(std)
+    return np.random.default_rng(sequence).standard_normal(shape, dtype=np.float32) * std_O.astype(np.float32)
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:
@@ -88,7 +88,7 @@ def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs:
     :raises EpisodeError: a reward or observation is NaN or infinite, or the physics diverged
     """
     noise, anchors, n_steps = generation.noise, generation.anchors, generation.segment_steps
-    assert anchors is not None
+    assert anchors is not None and generation.exploration_std is not None
     size = noise.slice_size
     rows = slice(first, first + size)
     n_real = len(anchors.ages[rows])  # the last slice may be short: its other rows are padding and never run

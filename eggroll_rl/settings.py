@@ -69,6 +69,7 @@ def _check_segments(model: Any) -> None:
         raise ConfigError(f"fitness must be 'episode' or 'segment', got {model.fitness!r}")
     for name in ("n_segments", "segment_steps", "n_epochs", "batch_size"):
         check_whole(name, getattr(model, name), 1)
+    check_positive("exploration_std", model.exploration_std)
     for name in ("gamma", "gae_lambda"):
         check_fraction(name, getattr(model, name))
     check_critic(model.critic_kwargs or {})
@@ -79,6 +80,7 @@ def _check_segments(model: Any) -> None:
     if model.n_eval_episodes != 1:
         raise ConfigError(f"n_eval_episodes must be 1 with fitness='segment', got {model.n_eval_episodes}")
     of_episodes: dict[str, Any] = {
+        "rank": 1,
         "fitness_shaping": "centered_rank",
         "best_fraction": None,
         "optimizer": torch.optim.Adam,
@@ -88,5 +90,5 @@ def _check_segments(model: Any) -> None:
         value = getattr(model, name)
         if value != default:
             raise ConfigError(
-                f"{name} has no effect with fitness='segment', whose steps follow the natural gradient, got {value!r}"
+                f"{name} has no effect with fitness='segment', whose members have rank 1 and whose steps follow the natural gradient, got {value!r}"
             )

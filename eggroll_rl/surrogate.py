@@ -1,39 +1,52 @@
 """The update of ``fitness="segment"``: the population is evaluated on recorded states, not in simulations.
 
-Simulations recorded what the mean policy f did with Gaussian noise of deviation s on its outputs, and how much better
+Simulations recorded what the mean policy f did with Gaussian noise of deviations s on its outputs, and how much better
 each action was than expected: its advantage A. The fitness of member n is what its outputs f_n would have gained
 there, to first order, in the surrogate of PPO (Schulman et al., arXiv 1707.06347, Eq. 7):
 
     F_n = mean_b  r_b A_b <f_n(x_b) - f(x_b), a_b - f(x_b)> / s²        a_b: the outputs with noise
 
 r_b is the likelihood of a_b now over that when it was recorded, and samples that the clipping has settled count as 0.
-Many members change the same outputs, so pairs are weighed not by fitness but by the natural gradient in the space that
-they span (Amari 1998; Kakade 2001). With phi_i, the response of pair i, (f_2i - f_2i+1) / (2 sigma s) on all samples,
-and K = phi phiᵀ / B,
 
-    w = (K + lambda I)^-1 F,    theta += c · sum_i w_i E_i
+A member perturbs one layer by sigma a bᵀ (EGGROLL, rank 1). A sample whose input to that layer is h sees the layer's
+output move by sigma a <b, h>: all that b does is to say by how much. So one forward pass from sigma a on gives the
+responses u to all members that share a, whatever their b is: P passes stand for P x J members, the rows that the
+update needs. The factors a of a layer are orthonormal (Choromanski et al., arXiv 1804.02395), so a population as
+large as the layer is wide spans it.
 
-and c is such that the policy moves by a given Kullback-Leibler divergence: a step has a size in actions, whatever
-the parameters are. All of it is forward passes of low-rank members; nothing is differentiated.
+Among the P x J directions the update follows the natural gradient (Amari 1998; Kakade 2001). With phi the responses
+of all members on all samples and K = phi phiᵀ / B,
 
-Shapes: B samples, I inputs, O outputs, P pairs, N = 2P members.
+    w = (K + lambda I)^-1 F        by conjugate gradients, without K
+
+and its length is such that the policy moves by a given Kullback-Leibler divergence: a step has a size in actions,
+whatever the parameters are. The logarithms of s move along: their natural gradient is mean_b r_b A_b (z_b² - 1) / 2,
+with z the noise in deviations. All of it is forward passes; nothing is differentiated.
+
+Shapes: B samples, I features, J inputs of a layer (with a 1 for the bias), H its outputs, O outputs, P members.
 """
 
 import math
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eggroll_rl.errors import NonFiniteError
+from eggroll_rl.errors import ConfigError, NonFiniteError
 from eggroll_rl.es import EvolutionStrategy, one_thread
-from eggroll_rl.lowrank import Noise, Population
+from eggroll_rl.lowrank import is_plain_sequence
 
-_BATCH_STREAM = 8  # spawn key of the seed, beside those of rollout, critic, scoring and segments
-_RIDGE = 0.1  # lambda, in units of K's mean eigenvalue
+_BATCH_STREAM = 8  # spawn keys of the seed, beside those of rollout, critic, scoring and segments
+_FACTOR_STREAM = 9
+_SIGMA = 0.003  # finite differences: the error of the second order is well below a percent, that of rounding 1e-4
+_DAMPING = 0.1  # lambda, in units of K's mean eigenvalue
+_CG_STEPS = 10
 _MAX_ADVANTAGE = 4.0  # deviations
+_LEAST_STD = 0.05  # below, it falls no more
 
 
 @dataclass(frozen=True)
@@ -43,18 +56,19 @@ class Recorded:
     :param features: the network's inputs (B, I), float32
     :param outputs: the network's outputs with noise (B, O), float32
     :param advantages: (B,)
+    :param std: deviations s of the noise (O,)
     """
 
     features: Tensor
     outputs: Tensor
     advantages: np.ndarray
+    std: np.ndarray
 
 
 @dataclass(frozen=True)
 class Improvement:
     """How a generation's samples are used.
 
-    :param std: deviation s of the noise with which they were recorded
     :param n_epochs: passes over them
     :param batch_size: samples per update, about
     :param target_kl: divergence between the policies before and after if all updates go in one direction, each measured
@@ -62,32 +76,59 @@ class Improvement:
     :param clip_range: of the likelihood ratio
     """
 
-    std: float
     n_epochs: int
     batch_size: int
     target_kl: float
     clip_range: float
 
 
+class _Layer(NamedTuple):
+    """A layer's members, evaluated.
+
+    :param linear: the layer
+    :param inputs: h (B, J)
+    :param factors: a (P, H)
+    :param responses: u (B, P, O), the change of the network's outputs per unit of a
+    """
+
+    linear: nn.Linear
+    inputs: Tensor
+    factors: Tensor
+    responses: Tensor
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuse a network that members cannot enter at a layer's output."""
+    if not is_plain_sequence(network) or not all(
+        type(layer) is nn.Linear or not list(layer.parameters()) for layer in network
+    ):
+        raise ConfigError(
+            "fitness='segment' needs a policy whose network is an nn.Sequential of Linear layers and activations "
+            f"without parameters, got {type(network).__name__}; use fitness='episode' for this one"
+        )
+
+
 @torch.no_grad()
 def improve(
     es: EvolutionStrategy, recorded: Recorded, settings: Improvement, meanwhile: Future | None = None
-) -> dict[str, float]:
+) -> tuple[dict[str, float], np.ndarray]:
     """Make the generation's updates, each with a population of its own, and go on to the next generation.
 
     If anything goes wrong, be it a signal, the parameters stay as they were.
 
+    :param es: of a network that :func:`check_network` lets pass
     :param meanwhile: has to succeed too
-    :return: kl (divergence reached), clip_fraction (of samples, in the last epoch), update_ratio, sigma
+    :return: kl (divergence reached), clip_fraction (of samples, in the last epoch) and update_ratio; the next deviations
+        of the noise (O,)
     :raises NonFiniteError: an update would not be finite
     """
     before = {name: parameter.clone() for name, parameter in es.parameters.items()}
     try:
         with one_thread():
-            metrics = _improve(es, recorded, settings)
+            metrics, std_O = _improve(es, recorded, settings)
         now = torch.cat([parameter.flatten() for parameter in es.parameters.values()])
         was = torch.cat([value.flatten() for value in before.values()])
-        if not now.isfinite().all():
+        if not now.isfinite().all() or not np.isfinite(std_O).all():
             raise NonFiniteError(f"the updates of generation {es.generation} are not finite: nothing was updated")
         step, size = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (now - was, was))
         if meanwhile is not None:
@@ -96,50 +137,138 @@ def improve(
         es.set_parameters(before)
         raise
     es.end_generation()
-    return {**metrics, "update_ratio": step / size if size > 0 else math.inf}
+    return {**metrics, "update_ratio": step / size if size > 0 else math.inf}, std_O
 
 
-def _improve(es: EvolutionStrategy, recorded: Recorded, settings: Improvement) -> dict[str, float]:
-    noise, n_samples = es.ask().noise, len(recorded.features)
+def _improve(es: EvolutionStrategy, recorded: Recorded, settings: Improvement) -> tuple[dict[str, float], np.ndarray]:
+    network, n_samples = es.module, len(recorded.features)
+    assert isinstance(network, nn.Sequential)
     advantages = recorded.advantages - recorded.advantages.mean()
     advantages = torch.from_numpy(advantages / (advantages.std() + 1e-8)).to(recorded.features)
     advantages = advantages.clamp(-_MAX_ADVANTAGE, _MAX_ADVANTAGE)
-    old_BO = (recorded.outputs - es.module(recorded.features)) / settings.std  # the noise, in deviations
+    old_log_std_O = torch.from_numpy(recorded.std).to(recorded.features).log()
+    log_std_O = old_log_std_O.clone()
+    old_mean_BO = network(recorded.features)
+    old_BO = (recorded.outputs - old_mean_BO) / old_log_std_O.exp()  # the noise, in deviations
     n_batches = max(1, round(n_samples / settings.batch_size))
     step_kl = settings.target_kl / (n_batches * settings.n_epochs) ** 2  # in one direction, deviations add up
-    generator = np.random.default_rng(np.random.SeedSequence(noise.seed, spawn_key=(_BATCH_STREAM, noise.generation)))
+    batches, factors = (
+        np.random.default_rng(np.random.SeedSequence(es.seed, spawn_key=(stream, es.generation)))
+        for stream in (_BATCH_STREAM, _FACTOR_STREAM)
+    )
     clipped = 0
-    for epoch in range(settings.n_epochs):
+    for _ in range(settings.n_epochs):
         clipped = 0
-        for i, rows in enumerate(np.array_split(generator.permutation(n_samples), n_batches)):
-            x_BI, old, advantage_B = recorded.features[rows], old_BO[rows], advantages[rows]
-            noise_BO = (recorded.outputs[rows] - es.module(x_BI)) / settings.std
-            ratio_B = ((old.square() - noise_BO.square()).sum(1) / 2).exp()
+        for rows in np.array_split(batches.permutation(n_samples), n_batches):
+            std_O, old, advantage_B = log_std_O.exp(), old_BO[rows], advantages[rows]
+            outputs_BO, layers = _evaluate(network, recorded.features[rows], es.population_size, factors)
+            noise_BO = (recorded.outputs[rows] - outputs_BO) / std_O
+            ratio_B = ((old.square() - noise_BO.square()).sum(1) / 2 - (log_std_O - old_log_std_O).sum()).exp()
             limit_B = torch.where(advantage_B > 0, ratio_B - 1, 1 - ratio_B)
             settled_B = limit_B > settings.clip_range
             clipped += int(settled_B.sum())
-            gain_BO = (ratio_B * advantage_B).masked_fill(settled_B, 0)[:, None] * noise_BO
-            now = replace(noise, update=epoch * n_batches + i)
-            es.move(now, _natural_weights(_responses(es.module, now, x_BI) / settings.std, gain_BO, step_kl))
-    kl = ((recorded.outputs - es.module(recorded.features)) / settings.std - old_BO).square().sum(1).mean() / 2
-    return {"kl": kl.item(), "clip_fraction": clipped / n_samples, "sigma": noise.sigma}
+            weight_B1 = (ratio_B * advantage_B).masked_fill(settled_B, 0)[:, None]
+            weights = _natural_gradient(layers, weight_B1 * noise_BO / std_O, std_O)
+            log_std_step_O = (weight_B1 * (noise_BO.square() - 1)).mean(0) / 2
+            kl = (_respond(layers, weights) / std_O).square().sum(1).mean() / 2 + log_std_step_O.square().sum()
+            length = float((step_kl / kl).sqrt()) if kl > 0 else 0.0
+            _move(layers, weights, length)
+            log_std_O = torch.maximum(log_std_O + length * log_std_step_O, log_std_O.clamp(max=math.log(_LEAST_STD)))
+    moved_BO = (network(recorded.features) - old_mean_BO) / old_log_std_O.exp()
+    kl = moved_BO.square().sum(1).mean() / 2 + (log_std_O - old_log_std_O).square().sum()
+    return {"kl": kl.item(), "clip_fraction": clipped / n_samples}, log_std_O.exp().double().cpu().numpy()
 
 
-def _responses(module: nn.Module, noise: Noise, x_BI: Tensor) -> Tensor:
-    """Return what a pair's perturbation changes in the outputs, per unit of it: (P, B, O)."""
-    y_NBO = Population(module, noise).forward(x_BI)
-    return (y_NBO[0::2] - y_NBO[1::2]) / (2 * noise.sigma)
+def _evaluate(
+    network: nn.Sequential, x_BI: Tensor, population_size: int, generator: np.random.Generator
+) -> tuple[Tensor, list[_Layer]]:
+    """Return the mean's outputs (B, O) and each layer's members: as many as its width, at most ``population_size``."""
+    seen: list[tuple[int, nn.Linear, Tensor, Tensor]] = []
+    x = x_BI
+    for index, module in enumerate(network):
+        y = module(x)
+        if isinstance(module, nn.Linear):
+            seen.append((index, module, x, y))
+        x = y
+    outputs_BO, layers = x, []
+    for index, linear, h_BJ, z_BH in seen:
+        a_PH = _orthonormal(generator, population_size, linear.out_features).to(z_BH)
+        members = (z_BH + _SIGMA * a_PH[:, None]).flatten(0, 1)
+        y_PBO = network[index + 1 :](members).unflatten(0, (len(a_PH), len(z_BH)))
+        responses = ((y_PBO - outputs_BO) / _SIGMA).transpose(0, 1).contiguous()
+        if linear.bias is not None:
+            h_BJ = torch.cat([h_BJ, h_BJ.new_ones(len(h_BJ), 1)], dim=1)
+        layers.append(_Layer(linear, h_BJ, a_PH, responses))
+    return outputs_BO, layers
 
 
-def _natural_weights(responses_PBO: Tensor, gain_BO: Tensor, step_kl: float) -> Tensor:
-    """Return the pairs' weights (P,), float64; zeros if nothing is to be gained."""
-    n_samples = len(gain_BO)
-    phi = responses_PBO.flatten(1)
-    fitness_P = (phi @ gain_BO.flatten()).double() / n_samples
-    gram_PP = (phi @ phi.T).double() / n_samples
-    ridge = _RIDGE * gram_PP.diagonal().mean()
-    if ridge == 0 or not fitness_P.any():
-        return torch.zeros_like(fitness_P)
-    weights_P = torch.linalg.solve(gram_PP + ridge * torch.eye(len(gram_PP)).to(gram_PP), fitness_P)
-    kl = weights_P @ gram_PP @ weights_P / 2
-    return weights_P * (step_kl / kl).sqrt()
+def _orthonormal(generator: np.random.Generator, n_rows: int, width: int) -> Tensor:
+    """Return random orthonormal rows (min(n_rows, width), width), float32."""
+    normal = generator.standard_normal((width, min(n_rows, width)), dtype=np.float32)
+    return torch.linalg.qr(torch.from_numpy(normal))[0].T.contiguous()
+
+
+def _respond(layers: list[_Layer], weights: list[Tensor]) -> Tensor:
+    """Return how the outputs (B, O) change when members are added with weights (P, J) per layer."""
+    changes = [
+        torch.bmm((layer.inputs @ w_PJ.T)[:, None], layer.responses)[:, 0]
+        for layer, w_PJ in zip(layers, weights, strict=True)
+    ]
+    return torch.stack(changes).sum(0)
+
+
+def _score(layers: list[_Layer], gain_BO: Tensor) -> list[Tensor]:
+    """Return the fitness of all members (P, J) per layer: the mean over samples of <response, gain>."""
+    return [
+        torch.bmm(layer.responses, gain_BO[:, :, None])[:, :, 0].T @ layer.inputs / len(gain_BO) for layer in layers
+    ]
+
+
+def _natural_gradient(layers: list[_Layer], gain_BO: Tensor, std_O: Tensor) -> list[Tensor]:
+    """Return the direction to go as members' weights (P, J) per layer; zeros if nothing is to be gained."""
+    shapes = [(len(layer.factors), layer.inputs.shape[1]) for layer in layers]
+
+    def split(flat: Tensor) -> list[Tensor]:
+        parts = flat.split([rows * columns for rows, columns in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def flatten(parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.flatten() for part in parts])
+
+    fitness = flatten(_score(layers, gain_BO))
+    trace = sum(
+        float((layer.responses / std_O).square().sum((1, 2)) @ layer.inputs.square().sum(1)) for layer in layers
+    )
+    damping = _DAMPING * trace / len(gain_BO) / len(fitness)
+    if damping == 0 or not fitness.any():
+        return split(torch.zeros_like(fitness))
+
+    def product(flat: Tensor) -> Tensor:
+        return flatten(_score(layers, _respond(layers, split(flat)) / std_O.square())).add_(flat, alpha=damping)
+
+    return split(_conjugate_gradients(product, fitness))
+
+
+def _conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+    """Return x of K x = target, about, for a positive definite K given by its products (Hestenes & Stiefel 1952)."""
+    x, residual = torch.zeros_like(target), target.clone()
+    direction, squares = residual.clone(), target @ target
+    for _ in range(_CG_STEPS):
+        image = product(direction)
+        along = squares / (direction @ image)
+        x.add_(along * direction)
+        residual.sub_(along * image)
+        before, squares = squares, residual @ residual
+        if squares <= 1e-10 * (target @ target):
+            break
+        direction = residual + (squares / before) * direction
+    return x
+
+
+def _move(layers: list[_Layer], weights: list[Tensor], length: float) -> None:
+    """Add the members with their weights, times the length, to the mean."""
+    for layer, w_PJ in zip(layers, weights, strict=True):
+        step_HJ = length * layer.factors.T @ w_PJ
+        layer.linear.weight.add_(step_HJ[:, : layer.linear.in_features])
+        if layer.linear.bias is not None:
+            layer.linear.bias.add_(step_HJ[:, -1])

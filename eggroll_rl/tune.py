@@ -35,7 +35,7 @@ SPACES: dict[str, dict[str, Any]] = {
         "population_size": [8, 16, 32, 64, 128],
     },
     "segment": {
-        "exploration_std": {"low": 0.1, "high": 1.0},
+        "exploration_std": {"low": 0.2, "high": 1.2},
         "target_kl": {"low": 0.02, "high": 0.5},
         "network": list(_NETWORKS),
         "n_segments": [16, 32, 64],

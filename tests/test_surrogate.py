@@ -1,32 +1,40 @@
-"""The population on recorded states: against least squares, a hand calculation, and what should come of it."""
+"""The population on recorded states: against automatic differentiation, a hand calculation, and what should come of it."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from eggroll_rl import lowrank, surrogate
-from eggroll_rl.errors import NonFiniteError
+from eggroll_rl import surrogate
+from eggroll_rl.errors import ConfigError, NonFiniteError
 from eggroll_rl.es import EvolutionStrategy
 from eggroll_rl.surrogate import Improvement, Recorded, improve
 
 STD = 0.3
-ONCE = Improvement(STD, n_epochs=1, batch_size=10_000, target_kl=0.01, clip_range=0.2)
+ONCE = Improvement(n_epochs=1, batch_size=10_000, target_kl=0.01, clip_range=0.2)
 
 
 def linear(n_in=5, n_out=3, population_size=200, **settings):
     torch.manual_seed(0)
-    return EvolutionStrategy(nn.Linear(n_in, n_out, bias=False), population_size, seed=1, **settings)
+    return EvolutionStrategy(nn.Sequential(nn.Linear(n_in, n_out, bias=False)), population_size, seed=1, **settings)
 
 
-def samples(es, n=400, advantage=lambda x, outputs: -(outputs - 1).square().sum(1)):
+def mlp(population_size, n_in=5, n_out=2):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(n_in, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, n_out))
+    return EvolutionStrategy(module, population_size, seed=1)
+
+
+def samples(es, n=400, advantage=lambda x, outputs: -(outputs - 1).square().sum(1), std=STD):
     generator = torch.Generator().manual_seed(2)
-    scale = torch.logspace(-1, 1, es.module.in_features if isinstance(es.module, nn.Linear) else 5)
+    scale = torch.logspace(-1, 1, es.module[0].in_features)
     x = torch.randn(n, len(scale), generator=generator) * scale
     with torch.no_grad():
         mean = es.module(x)
-    outputs = mean + STD * torch.randn(mean.shape, generator=generator)
-    return Recorded(x, outputs, advantage(x, outputs).double().numpy())
+    outputs = mean + std * torch.randn(mean.shape, generator=generator)
+    return Recorded(x, outputs, advantage(x, outputs).double().numpy(), np.full(mean.shape[1], std))
 
 
 def weights(es):
@@ -34,38 +42,95 @@ def weights(es):
 
 
 def test_one_update_of_a_linear_policy_is_its_natural_gradient(monkeypatch):
-    """With more pairs than parameters, and hardly any ridge: G C^-1, G the gradient and C the second moments."""
-    monkeypatch.setattr(surrogate, "_RIDGE", 1e-7)
+    """With hardly any damping and as many steps as it takes: G C^-1, G the gradient and C the second moments."""
+    monkeypatch.setattr(surrogate, "_DAMPING", 1e-7)
+    monkeypatch.setattr(surrogate, "_CG_STEPS", 40)
     es = linear()
     recorded, before = samples(es), weights(es)
     noise = (recorded.outputs - es.module(recorded.features)).detach().double()
-    advantage = torch.from_numpy(recorded.advantages)
-    advantage = ((advantage - advantage.mean()) / advantage.std(correction=0)).clamp(-4, 4)
     x = recorded.features.double()
-    expected = torch.linalg.solve(x.T @ x, x.T @ (advantage[:, None] * noise)).T.flatten()
-    metrics = improve(es, recorded, ONCE)
+    expected = torch.linalg.solve(x.T @ x, x.T @ (shaped(recorded)[:, None] * noise)).T.flatten()
+    metrics, std = improve(es, recorded, ONCE)
     step = (weights(es) - before).double()
     assert torch.cosine_similarity(step, expected, dim=0) > 0.9999
+    log_std_step = np.log(std / STD)
     assert metrics["kl"] == pytest.approx(0.01, rel=1e-3)
+    z = noise / STD
+    expected = (shaped(recorded)[:, None] * (z.square() - 1)).mean(0) / 2
+    assert torch.cosine_similarity(torch.from_numpy(log_std_step), expected, dim=0) > 0.9999
+    moved = (x @ step.view(3, 5).T / STD).square().sum(1).mean() / 2
+    assert moved + (log_std_step**2).sum() == pytest.approx(0.01, rel=1e-3)
     assert metrics["update_ratio"] == pytest.approx((step.norm() / before.norm()).item(), rel=1e-4)
     assert metrics["clip_fraction"] == 0 and es.generation == 1
 
 
+def shaped(recorded):
+    advantage = torch.from_numpy(recorded.advantages)
+    return ((advantage - advantage.mean()) / advantage.std(correction=0)).clamp(-4, 4)
+
+
+def jacobian_and_gain(es, recorded):
+    """By automatic differentiation, in float64: (B, O, parameters), and PPO's gradient on the mean outputs (B, O)."""
+    module = copy.deepcopy(es.module).double()
+    values = dict(module.named_parameters())
+    x = recorded.features.double()
+    found = torch.func.jacrev(lambda v: torch.func.functional_call(module, v, (x,)))(values)
+    noise = (recorded.outputs.double() - module(x)).detach()
+    flat = torch.cat([found[name].flatten(2).detach() for name in values], dim=2)
+    return flat, shaped(recorded)[:, None] * noise / STD**2
+
+
+def test_a_population_as_large_as_the_layers_knows_the_whole_gradient(monkeypatch):
+    """And the step is (F + damping)^-1 of it, F the Fisher matrix: against automatic differentiation."""
+    monkeypatch.setattr(surrogate, "_CG_STEPS", 60)
+    es = mlp(population_size=8)
+    recorded, before = samples(es), weights(es)
+    jacobian_BOK, gain_BO = jacobian_and_gain(es, recorded)
+    n_samples = len(gain_BO)
+    gradient = torch.einsum("bok,bo->k", jacobian_BOK, gain_BO) / n_samples
+    fisher = torch.einsum("bok,bol->kl", jacobian_BOK, jacobian_BOK) / n_samples / STD**2
+    damping = surrogate._DAMPING * fisher.diagonal().mean()
+    expected = torch.linalg.solve(fisher + damping * torch.eye(len(fisher)), gradient)
+    improve(es, recorded, ONCE)
+    assert torch.cosine_similarity((weights(es) - before).double(), expected, dim=0) > 0.999
+
+
+def test_the_members_fitness_is_the_gradient_along_them():
+    """Three per layer: each member's fitness is the directional derivative along a bᵀ."""
+    es = mlp(population_size=4)
+    recorded = samples(es)
+    jacobian_BOK, gain_BO = jacobian_and_gain(es, recorded)
+    gradient = torch.einsum("bok,bo->k", jacobian_BOK, gain_BO) / len(gain_BO)
+    with torch.no_grad():
+        _, layers = surrogate._evaluate(es.module, recorded.features, es.population_size, np.random.default_rng(0))
+    start = 0
+    for layer, fitness_PJ in zip(layers, surrogate._score(layers, gain_BO.float()), strict=True):
+        n_out, n_in = layer.linear.weight.shape
+        assert len(layer.factors) == min(4, n_out)
+        assert torch.allclose(layer.factors @ layer.factors.T, torch.eye(len(layer.factors)), atol=1e-5)
+        own = gradient[start : start + n_out * n_in].view(n_out, n_in)
+        own = torch.cat([own, gradient[start + n_out * n_in : start + n_out * (n_in + 1)][:, None]], dim=1)
+        start += n_out * (n_in + 1)
+        expected = layer.factors.double() @ own
+        assert torch.allclose(fitness_PJ.double(), expected, rtol=0.02, atol=0.01 * expected.abs().max())
+
+
 def test_weights_by_hand():
-    """Two pairs, one sample, one output: responses 1 and 2, gain 3, so K = [[1, 2], [2, 4]], F = [3, 6], ridge 0.25."""
-    found = surrogate._natural_weights(torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[3.0]]), step_kl=0.5)
+    """One sample with input 1 and members 1 and 2: K = [[1, 2], [2, 4]], F = 3 · [1, 2], damping 0.1 of 2.5."""
+    responses = torch.tensor([[[1.0], [2.0]]])
+    layer = surrogate._Layer(nn.Linear(1, 2, bias=False), torch.ones(1, 1), torch.eye(2), responses)
+    (found,) = surrogate._natural_gradient([layer], torch.tensor([[3.0]]), torch.ones(1))
     gram = np.array([[1.0, 2.0], [2.0, 4.0]])
     expected = np.linalg.solve(gram + 0.25 * np.eye(2), [3.0, 6.0])
-    # The policy moves by w·(1, 2): half its square is to be 0.5.
-    assert found.numpy() == pytest.approx(expected / abs(expected @ [1, 2]))
+    assert found.flatten().numpy() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-def test_the_policy_goes_where_the_advantage_is(rank):
+@pytest.mark.parametrize("population_size", [2, 64])
+def test_the_policy_goes_where_the_advantage_is(population_size):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
-    es = EvolutionStrategy(module, population_size=64, rank=rank, seed=0)
-    settings = Improvement(STD, n_epochs=2, batch_size=128, target_kl=0.05, clip_range=0.2)
+    es = EvolutionStrategy(module, population_size, seed=0)
+    settings = Improvement(n_epochs=2, batch_size=128, target_kl=0.05, clip_range=0.2)
 
     def missed(x, outputs):
         return (outputs - torch.stack([x[:, 0].tanh(), x[:, 1].sin()], 1)).square().sum(1)
@@ -76,7 +141,7 @@ def test_the_policy_goes_where_the_advantage_is(rank):
 
     first = error()
     for _ in range(60):
-        metrics = improve(es, samples(es, advantage=lambda x, outputs: -missed(x, outputs)), settings)
+        metrics, _ = improve(es, samples(es, advantage=lambda x, outputs: -missed(x, outputs)), settings)
         assert 0 < metrics["kl"] < 0.06
     assert error() < first / 4
 
@@ -90,19 +155,22 @@ def test_samples_that_have_moved_far_enough_count_no_more():
         old = es.module(x).detach()
         outputs = old + torch.tensor([[0.4], [0.1]])
         # Steps of one size, however many there are.
-        settings = Improvement(STD, n_epochs, batch_size=10, target_kl=0.01 * n_epochs**2, clip_range=0.2)
-        metrics = improve(es, Recorded(x, outputs, np.array([1.0, 0.0])), settings)
+        settings = Improvement(n_epochs, batch_size=10, target_kl=0.01 * n_epochs**2, clip_range=0.2)
+        metrics, std = improve(es, Recorded(x, outputs, np.array([1.0, 0.0]), np.array([STD])), settings)
         assert metrics["clip_fraction"] == (n_epochs > 1)
-        moved.append(es.module(x).detach())
-    ratios = (((outputs - old) ** 2 - (outputs - moved[1]) ** 2) / (2 * STD**2)).exp()
+        moved.append((es.module(x).detach(), std.item()))
+    mean, std = moved[1]
+    ratios = STD / std * ((outputs - old) ** 2 / (2 * STD**2) - (outputs - mean) ** 2 / (2 * std**2)).exp()
     assert ratios[0] > 1.2 and ratios[1] < 0.8
-    assert torch.equal(moved[1], moved[2]) and not torch.equal(moved[0], moved[1])
+    assert torch.equal(mean, moved[2][0]) and not torch.equal(mean, moved[0][0])
+    assert std == moved[2][1] != moved[0][1]
 
 
 def test_no_differences_no_update():
     es = linear()
     before = weights(es)
-    metrics = improve(es, samples(es, advantage=lambda x, outputs: torch.full((len(x),), 7.0)), ONCE)
+    metrics, std = improve(es, samples(es, advantage=lambda x, outputs: torch.full((len(x),), 7.0)), ONCE)
+    assert std == pytest.approx(STD)
     assert torch.equal(weights(es), before) and metrics["kl"] == 0 and es.generation == 1
 
 
@@ -110,11 +178,11 @@ def test_no_differences_no_update():
 def test_what_goes_wrong_changes_nothing(fault, monkeypatch):
     es = linear()
     before, recorded = weights(es), samples(es)
-    settings = Improvement(STD, n_epochs=3, batch_size=100, target_kl=0.01, clip_range=0.2)
+    settings = Improvement(n_epochs=3, batch_size=100, target_kl=0.01, clip_range=0.2)
     if fault == "not finite":
         recorded.advantages[3] = np.nan
     else:
-        calls, move = [], es.move
+        calls, move = [], surrogate._move
 
         def stopped(*args):
             move(*args)
@@ -123,24 +191,37 @@ def test_what_goes_wrong_changes_nothing(fault, monkeypatch):
                 assert not torch.equal(weights(es), before)
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(es, "move", stopped)
+        monkeypatch.setattr(surrogate, "_move", stopped)
     with pytest.raises(NonFiniteError if fault == "not finite" else KeyboardInterrupt):
         improve(es, recorded, settings)
     assert torch.equal(weights(es), before) and es.generation == 0
 
 
-def test_the_result_depends_neither_on_threads_nor_on_how_many_members_fit_into_the_cache(monkeypatch):
+def test_the_result_does_not_depend_on_the_number_of_threads():
     def moved(threads):
         torch.set_num_threads(threads)
-        es = linear()
-        improve(es, samples(es), Improvement(STD, 2, 100, 0.01, 0.2))
+        module = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 6))
+        es = EvolutionStrategy(module, 64, seed=0)
+        for parameter in es.parameters.values():
+            torch.nn.init.uniform_(parameter, -0.2, 0.2, generator=torch.Generator().manual_seed(0))
+        improve(es, samples(es, n=2000), Improvement(2, 1000, 0.01, 0.2))
         return weights(es)
 
     threads = torch.get_num_threads()
     try:
         assert torch.equal(moved(1), moved(2))
-        one = moved(1)
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(lowrank, "_NUMBERS_AT_ONCE", 2000)
-    assert torch.allclose(moved(1), one, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Linear(2, 3),
+        nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1)),
+        nn.Sequential(nn.Sequential(nn.Linear(2, 3), nn.Tanh()), nn.Linear(3, 1)),
+    ],
+)
+def test_a_network_that_members_cannot_enter_is_refused(network):
+    with pytest.raises(ConfigError, match="needs a policy whose network is an nn.Sequential of Linear layers"):
+        surrogate.check_network(network)
