@@ -59,8 +59,8 @@ class EGGROLL(BaseAlgorithm):
     :param n_eval_episodes: episodes per member; its fitness is their mean
     :param n_segments: simulations that run segments
     :param segment_steps: env steps of a segment
-    :param exploration_std: of the noise on the network's outputs in segments at the start, where 1 is half of an action's
-        range; the update moves it, for each output by itself
+    :param exploration_std: of the noise on the network's outputs in segments, where 1 is half of an action's range, at
+        the start: the update moves it, each output's by itself
     :param gamma: discount, of segments
     :param gae_lambda: of the advantages in segments
     :param target_kl: divergence that a generation of segments moves the policy by if its updates agree, measured on
@@ -270,8 +270,8 @@ class EGGROLL(BaseAlgorithm):
         if self._scorer is None:
             self._scorer = make_scorer(
                 self.fitness, self._factory, self.policy, self.n_segments,
-                exploration_std=self.exploration_std, gamma=self.gamma, gae_lambda=self.gae_lambda, seed=self.noise_seed,
-                critic_kwargs=self.critic_kwargs or {},
+                exploration_std=self.exploration_std, gamma=self.gamma, gae_lambda=self.gae_lambda,
+                seed=self.noise_seed, critic_kwargs=self.critic_kwargs or {},
             )  # fmt: skip
             if self.scorer_state:
                 self._scorer.load_state_dict(self.scorer_state)

@@ -90,5 +90,6 @@ def _check_segments(model: Any) -> None:
         value = getattr(model, name)
         if value != default:
             raise ConfigError(
-                f"{name} has no effect with fitness='segment', whose members have rank 1 and whose steps follow the natural gradient, got {value!r}"
+                f"{name} has no effect with fitness='segment', whose members have rank 1 and whose steps follow the "
+                f"natural gradient, got {value!r}"
             )

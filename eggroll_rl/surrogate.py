@@ -23,7 +23,8 @@ and its length is such that the policy moves by a given Kullback-Leibler diverge
 whatever the parameters are. The logarithms of s move along: their natural gradient is mean_b r_b A_b (z_b² - 1) / 2,
 with z the noise in deviations. All of it is forward passes; nothing is differentiated.
 
-Shapes: B samples, I features, J inputs of a layer (with a 1 for the bias), H its outputs, O outputs, P members.
+Shapes: B samples, I features, J inputs of a layer (with a 1 for the bias), H its outputs, O outputs, P members. Samples
+come last inside, where elementwise products of (P, O, B) are several times faster than batched matrix products.
 """
 
 import math
@@ -45,6 +46,7 @@ _FACTOR_STREAM = 9
 _SIGMA = 0.003  # finite differences: the error of the second order is well below a percent, that of rounding 1e-4
 _DAMPING = 0.1  # lambda, in units of K's mean eigenvalue
 _CG_STEPS = 10
+_NUMBERS_AT_ONCE = 2**17  # of activations: half a megabyte stays in the cache
 _MAX_ADVANTAGE = 4.0  # deviations
 _LEAST_STD = 0.05  # below, it falls no more
 
@@ -86,9 +88,9 @@ class _Layer(NamedTuple):
     """A layer's members, evaluated.
 
     :param linear: the layer
-    :param inputs: h (B, J)
+    :param inputs: h (J, B)
     :param factors: a (P, H)
-    :param responses: u (B, P, O), the change of the network's outputs per unit of a
+    :param responses: u (P, O, B), the change of the network's outputs per unit of a
     """
 
     linear: nn.Linear
@@ -118,8 +120,8 @@ def improve(
 
     :param es: of a network that :func:`check_network` lets pass
     :param meanwhile: has to succeed too
-    :return: kl (divergence reached), clip_fraction (of samples, in the last epoch) and update_ratio; the next deviations
-        of the noise (O,)
+    :return: kl (divergence reached), clip_fraction (of samples, in the last epoch) and update_ratio; then the next
+        deviations of the noise (O,)
     :raises NonFiniteError: an update would not be finite
     """
     before = {name: parameter.clone() for name, parameter in es.parameters.items()}
@@ -167,10 +169,12 @@ def _improve(es: EvolutionStrategy, recorded: Recorded, settings: Improvement) -
             limit_B = torch.where(advantage_B > 0, ratio_B - 1, 1 - ratio_B)
             settled_B = limit_B > settings.clip_range
             clipped += int(settled_B.sum())
-            weight_B1 = (ratio_B * advantage_B).masked_fill(settled_B, 0)[:, None]
-            weights = _natural_gradient(layers, weight_B1 * noise_BO / std_O, std_O)
-            log_std_step_O = (weight_B1 * (noise_BO.square() - 1)).mean(0) / 2
-            kl = (_respond(layers, weights) / std_O).square().sum(1).mean() / 2 + log_std_step_O.square().sum()
+            weight_B = (ratio_B * advantage_B).masked_fill(settled_B, 0)
+            weights = _natural_gradient(layers, (noise_BO / std_O).T * weight_B, std_O)
+            log_std_step_O = (noise_BO.square() - 1).T @ weight_B / len(rows) / 2
+            kl = (
+                _respond(layers, weights).div(std_O[:, None]).square().sum(0).mean() / 2 + log_std_step_O.square().sum()
+            )
             length = float((step_kl / kl).sqrt()) if kl > 0 else 0.0
             _move(layers, weights, length)
             log_std_O = torch.maximum(log_std_O + length * log_std_step_O, log_std_O.clamp(max=math.log(_LEAST_STD)))
@@ -193,13 +197,18 @@ def _evaluate(
     outputs_BO, layers = x, []
     for index, linear, h_BJ, z_BH in seen:
         a_PH = _orthonormal(generator, population_size, linear.out_features).to(z_BH)
-        members = (z_BH + _SIGMA * a_PH[:, None]).flatten(0, 1)
-        y_PBO = network[index + 1 :](members).unflatten(0, (len(a_PH), len(z_BH)))
-        responses = ((y_PBO - outputs_BO) / _SIGMA).transpose(0, 1).contiguous()
+        at_once = max(1, _NUMBERS_AT_ONCE // z_BH.numel())
+        responses = [_response(network[index + 1 :], z_BH, some, outputs_BO) for some in (_SIGMA * a_PH).split(at_once)]
         if linear.bias is not None:
             h_BJ = torch.cat([h_BJ, h_BJ.new_ones(len(h_BJ), 1)], dim=1)
-        layers.append(_Layer(linear, h_BJ, a_PH, responses))
+        layers.append(_Layer(linear, h_BJ.T.contiguous(), a_PH, torch.cat(responses)))
     return outputs_BO, layers
+
+
+def _response(rest: nn.Sequential, z_BH: Tensor, steps_PH: Tensor, outputs_BO: Tensor) -> Tensor:
+    """Return what steps of a layer's outputs change in the network's, per sigma: (P, O, B)."""
+    y_PBO = rest((z_BH + steps_PH[:, None]).flatten(0, 1)).unflatten(0, (len(steps_PH), len(z_BH)))
+    return y_PBO.sub(outputs_BO).div_(_SIGMA).transpose(1, 2).contiguous()
 
 
 def _orthonormal(generator: np.random.Generator, n_rows: int, width: int) -> Tensor:
@@ -209,24 +218,22 @@ def _orthonormal(generator: np.random.Generator, n_rows: int, width: int) -> Ten
 
 
 def _respond(layers: list[_Layer], weights: list[Tensor]) -> Tensor:
-    """Return how the outputs (B, O) change when members are added with weights (P, J) per layer."""
+    """Return how the outputs (O, B) change when members are added with weights (P, J) per layer."""
     changes = [
-        torch.bmm((layer.inputs @ w_PJ.T)[:, None], layer.responses)[:, 0]
-        for layer, w_PJ in zip(layers, weights, strict=True)
+        ((w_PJ @ layer.inputs)[:, None] * layer.responses).sum(0) for layer, w_PJ in zip(layers, weights, strict=True)
     ]
     return torch.stack(changes).sum(0)
 
 
-def _score(layers: list[_Layer], gain_BO: Tensor) -> list[Tensor]:
+def _score(layers: list[_Layer], gain_OB: Tensor) -> list[Tensor]:
     """Return the fitness of all members (P, J) per layer: the mean over samples of <response, gain>."""
-    return [
-        torch.bmm(layer.responses, gain_BO[:, :, None])[:, :, 0].T @ layer.inputs / len(gain_BO) for layer in layers
-    ]
+    n_samples = gain_OB.shape[1]
+    return [(layer.responses * gain_OB).sum(1) @ layer.inputs.T / n_samples for layer in layers]
 
 
-def _natural_gradient(layers: list[_Layer], gain_BO: Tensor, std_O: Tensor) -> list[Tensor]:
+def _natural_gradient(layers: list[_Layer], gain_OB: Tensor, std_O: Tensor) -> list[Tensor]:
     """Return the direction to go as members' weights (P, J) per layer; zeros if nothing is to be gained."""
-    shapes = [(len(layer.factors), layer.inputs.shape[1]) for layer in layers]
+    shapes = [(len(layer.factors), len(layer.inputs)) for layer in layers]
 
     def split(flat: Tensor) -> list[Tensor]:
         parts = flat.split([rows * columns for rows, columns in shapes])
@@ -235,16 +242,15 @@ def _natural_gradient(layers: list[_Layer], gain_BO: Tensor, std_O: Tensor) -> l
     def flatten(parts: list[Tensor]) -> Tensor:
         return torch.cat([part.flatten() for part in parts])
 
-    fitness = flatten(_score(layers, gain_BO))
-    trace = sum(
-        float((layer.responses / std_O).square().sum((1, 2)) @ layer.inputs.square().sum(1)) for layer in layers
-    )
-    damping = _DAMPING * trace / len(gain_BO) / len(fitness)
+    fitness = flatten(_score(layers, gain_OB))
+    precision_O1 = std_O.square().reciprocal()[:, None]
+    squares = [(layer.responses.square() * precision_O1).sum((0, 1)) @ layer.inputs.square().sum(0) for layer in layers]
+    damping = _DAMPING * float(torch.stack(squares).sum()) / gain_OB.shape[1] / len(fitness)
     if damping == 0 or not fitness.any():
         return split(torch.zeros_like(fitness))
 
     def product(flat: Tensor) -> Tensor:
-        return flatten(_score(layers, _respond(layers, split(flat)) / std_O.square())).add_(flat, alpha=damping)
+        return flatten(_score(layers, _respond(layers, split(flat)) * precision_O1)).add_(flat, alpha=damping)
 
     return split(_conjugate_gradients(product, fitness))
 

@@ -1,4 +1,4 @@
-"""The population on recorded states: against automatic differentiation, a hand calculation, and what should come of it."""
+"""The population on recorded states: against automatic differentiation, by hand, and what should come of it."""
 
 import copy
 
@@ -104,7 +104,7 @@ def test_the_members_fitness_is_the_gradient_along_them():
     with torch.no_grad():
         _, layers = surrogate._evaluate(es.module, recorded.features, es.population_size, np.random.default_rng(0))
     start = 0
-    for layer, fitness_PJ in zip(layers, surrogate._score(layers, gain_BO.float()), strict=True):
+    for layer, fitness_PJ in zip(layers, surrogate._score(layers, gain_BO.float().T), strict=True):
         n_out, n_in = layer.linear.weight.shape
         assert len(layer.factors) == min(4, n_out)
         assert torch.allclose(layer.factors @ layer.factors.T, torch.eye(len(layer.factors)), atol=1e-5)
@@ -117,7 +117,7 @@ def test_the_members_fitness_is_the_gradient_along_them():
 
 def test_weights_by_hand():
     """One sample with input 1 and members 1 and 2: K = [[1, 2], [2, 4]], F = 3 · [1, 2], damping 0.1 of 2.5."""
-    responses = torch.tensor([[[1.0], [2.0]]])
+    responses = torch.tensor([[[1.0]], [[2.0]]])
     layer = surrogate._Layer(nn.Linear(1, 2, bias=False), torch.ones(1, 1), torch.eye(2), responses)
     (found,) = surrogate._natural_gradient([layer], torch.tensor([[3.0]]), torch.ones(1))
     gram = np.array([[1.0, 2.0], [2.0, 4.0]])
