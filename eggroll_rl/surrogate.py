@@ -205,7 +205,7 @@ def _evaluate(
     return outputs_BO, layers
 
 
-def _response(rest: nn.Sequential, z_BH: Tensor, steps_PH: Tensor, outputs_BO: Tensor) -> Tensor:
+def _response(rest: nn.Module, z_BH: Tensor, steps_PH: Tensor, outputs_BO: Tensor) -> Tensor:
     """Return what steps of a layer's outputs change in the network's, per sigma: (P, O, B)."""
     y_PBO = rest((z_BH + steps_PH[:, None]).flatten(0, 1)).unflatten(0, (len(steps_PH), len(z_BH)))
     return y_PBO.sub(outputs_BO).div_(_SIGMA).transpose(1, 2).contiguous()
