@@ -26,6 +26,7 @@ from eggroll_rl.workers import count_workers
 EVOLUTION = ("eggroll", "openes")
 # Clamped to min(m, n) for each m x n matrix: every perturbation has full rank.
 _FULL_RANK = 1_000_000
+_SHARED_SETTINGS = ("policy", "policy_kwargs", "alive_bonus_offset", "max_episode_steps")
 _RUN_ARGUMENTS = {"self", "env", "seed", "verbose", "tensorboard_log", "stats_window_size", "device", "monitor_wrapper"}
 _OUR_ARGUMENTS = ("n_envs", "normalize", "noise_std", "source")
 # For tasks whose preset has no table of the algorithm; what is not here is the library's default.
@@ -56,7 +57,8 @@ class Learner:
 def settings_of(preset: dict[str, Any], algo: str, observation_space: spaces.Space) -> dict[str, Any]:
     """Return the settings of an algorithm in a preset, or what is used without.
 
-    ``openes`` is EGGROLL's table at full rank, with the table ``[openes]`` over it.
+    ``openes`` is EGGROLL's table at full rank, with the table ``[openes]`` over it; of a table for segments, which has no
+    full rank, only what whole episodes share with it.
 
     :raises ConfigError: the algorithm or a setting is unknown
     """
@@ -66,6 +68,8 @@ def settings_of(preset: dict[str, Any], algo: str, observation_space: spaces.Spa
         settings = dict(preset.get("eggroll", {}))
         if algo == "openes":
             check_names(own, known, "[openes]")
+            if settings.get("fitness") == "segment":
+                settings = {name: value for name, value in settings.items() if name in _SHARED_SETTINGS}
             settings = {**settings, "rank": _FULL_RANK, **own}
     else:
         known = [*_arguments(algo), *_OUR_ARGUMENTS]

@@ -49,8 +49,8 @@ class EGGROLL(BaseAlgorithm):
 
     :param policy: ``"MlpPolicy"``, ``"LinearPolicy"`` or a subclass of :class:`eggroll_rl.policies.MlpPolicy`
     :param env: id (``"module:Id-v0"`` works), ``EnvSpec``, function that returns an env, env, or ``VecEnv``
-    :param population_size: members per generation, even; not pairs. In segments: per layer and update, at most as many
-        as the layer is wide
+    :param population_size: members per generation, even; not pairs. None is 64. In segments it is per layer and update,
+        at most as many as the layer is wide, and None is 16
     :param sigma: noise scale; a number, ``"lin_<number>"`` (linear to 0) or a function of the progress
         remaining, which falls from 1 to 0. Of episodes alone
     :param rank: rank of each weight matrix's perturbation; of segments 1
@@ -103,7 +103,7 @@ class EGGROLL(BaseAlgorithm):
         self,
         policy: str | type[MlpPolicy],
         env: EnvSource | EnvFactory | GymEnv | None,
-        population_size: int = 64,
+        population_size: int | None = None,
         sigma: float | str | Schedule = 0.05,
         rank: int = 1,
         learning_rate: float | str | Schedule = 0.015,
@@ -111,10 +111,10 @@ class EGGROLL(BaseAlgorithm):
         n_eval_episodes: int = 1,
         n_segments: int = 32,
         segment_steps: int = 64,
-        exploration_std: float = 0.6,
-        gamma: float = 0.98,
+        exploration_std: float = 0.4,
+        gamma: float = 0.99,
         gae_lambda: float = 0.95,
-        target_kl: float | str | Schedule = 0.3,
+        target_kl: float | str | Schedule = 0.1,
         n_epochs: int = 1,
         batch_size: int = 512,
         clip_range: float | str | Schedule = 0.2,
@@ -138,7 +138,7 @@ class EGGROLL(BaseAlgorithm):
         device: torch.device | str = "cpu",
         _init_setup_model: bool = True,
     ):
-        self.population_size = population_size
+        self.population_size: int = population_size  # type: ignore[assignment] # _fill_in() sees to it
         self.sigma = make_schedule("sigma", sigma)
         self.rank = rank
         self.fitness = fitness
@@ -161,7 +161,7 @@ class EGGROLL(BaseAlgorithm):
         self.optimizer_kwargs = optimizer_kwargs
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
-        self.slice_size: int = slice_size  # type: ignore[assignment] # _fill_in() sees to it
+        self.slice_size: int = slice_size  # type: ignore[assignment]
         self.n_workers = n_workers
         self.seed = seed
         self.noise_seed = seed
@@ -249,7 +249,7 @@ class EGGROLL(BaseAlgorithm):
         """
         env_kwargs = kwargs.pop("env_kwargs", None)
         if "fitness" in kwargs:  # what suited the other kind does not suit this one
-            kwargs = {"slice_size": None, **kwargs}
+            kwargs = {"population_size": None, "slice_size": None, **kwargs}
         model = super().load(path, env=None, device=device, **kwargs)
         if env is not None:
             model.set_env(env, env_kwargs=env_kwargs)
@@ -326,8 +326,11 @@ class EGGROLL(BaseAlgorithm):
 
     def _fill_in(self) -> None:
         """Give settings that were left open what suits the kind of fitness."""
+        by_segments = self.fitness == "segment"
+        if self.population_size is None:
+            self.population_size = 16 if by_segments else 64
         if self.slice_size is None:
-            self.slice_size = 16 if self.fitness == "segment" else 32
+            self.slice_size = 16 if by_segments else 32
         if self.fitness_shaping is None:  # of models saved before this had a default
             self.fitness_shaping = "centered_rank"
 

@@ -20,8 +20,8 @@ of all members on all samples and K = phi phiᵀ / B,
     w = (K + lambda I)^-1 F        by conjugate gradients, without K
 
 and its length is such that the policy moves by a given Kullback-Leibler divergence: a step has a size in actions,
-whatever the parameters are. The logarithms of s move along: their natural gradient is mean_b r_b A_b (z_b² - 1) / 2,
-with z the noise in deviations. All of it is forward passes; nothing is differentiated.
+whatever the parameters are. The logarithms of s move along, at a tenth of their natural gradient's pace, which is
+mean_b r_b A_b (z_b² - 1) / 2 with z the noise in deviations. All of it is forward passes; nothing is differentiated.
 
 Shapes: B samples, I features, J inputs of a layer (with a 1 for the bias), H its outputs, O outputs, P members. Samples
 come last inside, where elementwise products of (P, O, B) are several times faster than batched matrix products.
@@ -48,6 +48,7 @@ _DAMPING = 0.1  # lambda, in units of K's mean eigenvalue
 _CG_STEPS = 10
 _NUMBERS_AT_ONCE = 2**17  # of activations: half a megabyte stays in the cache
 _MAX_ADVANTAGE = 4.0  # deviations
+_STD_RATE = 0.1  # at 1 exploration ends early: Hopper-v5 stays standing (agents/LOG.md)
 _LEAST_STD = 0.05  # below, it falls no more
 
 
@@ -171,7 +172,7 @@ def _improve(es: EvolutionStrategy, recorded: Recorded, settings: Improvement) -
             clipped += int(settled_B.sum())
             weight_B = (ratio_B * advantage_B).masked_fill(settled_B, 0)
             weights = _natural_gradient(layers, (noise_BO / std_O).T * weight_B, std_O)
-            log_std_step_O = (noise_BO.square() - 1).T @ weight_B / len(rows) / 2
+            log_std_step_O = _STD_RATE * (noise_BO.square() - 1).T @ weight_B / len(rows) / 2
             kl = (
                 _respond(layers, weights).div(std_O[:, None]).square().sum(0).mean() / 2 + log_std_step_O.square().sum()
             )

@@ -125,6 +125,14 @@ def test_openes_is_eggroll_at_full_rank(tmp_path):
     assert np.linalg.matrix_rank(perturbation.detach().numpy()) == 3
 
 
+def test_openes_of_a_preset_for_segments_runs_whole_episodes():
+    eggroll = {"fitness": "segment", "policy_kwargs": {"net_arch": [8]}, "target_kl": 0.2, "alive_bonus_offset": -1.0}
+    settings = settings_of({"eggroll": eggroll, "openes": {"sigma": 0.2}}, "openes", BOX)
+    assert settings == {
+        "policy_kwargs": {"net_arch": [8]}, "alive_bonus_offset": -1.0, "rank": 1_000_000, "sigma": 0.2
+    }  # fmt: skip
+
+
 def test_an_algorithm_of_the_users_own(tmp_path):
     algo = "toy_algorithm:Mine"
     rules = Rules(timesteps=100, evaluations=1, eval_episodes=1)

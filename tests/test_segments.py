@@ -127,7 +127,7 @@ def test_a_slice_is_its_simulations_one_by_one(model):
     ages = np.array([3, 3, 3, 3, 3, 970, 0, 3, 3, 3, 3, 3])
     generation = generation_of(model, Anchors(np.tile(states, (3, 1)), ages, np.arange(12) == 6), n_steps)
     result = segment_rollout(model.policy, generation, first, envs)
-    noise = exploration_noise(generation.noise, first, (n_steps, 4, 3), np.full(3, 0.6))
+    noise = exploration_noise(generation.noise, first, (n_steps, 4, 3), np.full(3, 0.4))
     ends = {tuple(place): i for i, place in enumerate(np.argwhere(result.terminated | result.truncated))}
     for row in range(4):
         alone, resets = vector("Hopper-v5", 1), 0
@@ -166,7 +166,7 @@ def test_new_episodes_differ_and_noise_does_too(model):
     results = [segment_rollout(model.policy, generation, first, vector("Hopper-v5", 4)) for first in (0, 4, 8)]
     assert len(np.unique(np.concatenate([result.features[0] for result in results]), axis=0)) == 12
     noise = np.concatenate([result.outputs for result in results], axis=1)  # the first policy's mean is zero
-    assert len(np.unique(noise)) == noise.size and noise.std() == pytest.approx(0.6, rel=0.2)
+    assert len(np.unique(noise)) == noise.size and noise.std() == pytest.approx(0.4, rel=0.2)
 
 
 def test_a_short_last_slice_has_padding_that_does_not_run():
@@ -249,7 +249,7 @@ def test_what_follows_a_step_is_the_final_state_and_not_that_of_the_next_episode
     for t, n in np.ndindex(5, 12):
         result, row = results[n // 4], n % 4
         following = final.get((t, n), result.features[t + 1, row])[0]
-        expected = result.rewards[t, row] + 0.98 * 10 * following - 10 * result.features[t, row, 0]
+        expected = result.rewards[t, row] + 0.99 * 10 * following - 10 * result.features[t, row, 0]
         assert found[t, n] == pytest.approx(expected, abs=1e-4)
 
 
@@ -448,7 +448,7 @@ def test_what_was_left_open_follows_fitness(tmp_path):
     model.fitness_shaping = None  # as saved by versions in which that was the default
     model.save(tmp_path / "model")
     loaded = EGGROLL.load(tmp_path / "model", env="Hopper-v5", fitness="segment")
-    assert (loaded.population_size, loaded.slice_size, loaded.n_rows) == (64, 16, 32)
+    assert (loaded.population_size, loaded.slice_size, loaded.n_rows) == (16, 16, 32)
     assert loaded.fitness_shaping == "centered_rank"
     own = EGGROLL.load(tmp_path / "model", env="Hopper-v5", fitness="segment", population_size=20)
     assert (own.population_size, own.slice_size) == (20, 16)

@@ -138,7 +138,7 @@ def test_a_point_of_the_space_becomes_settings():
 def test_a_point_of_the_segments_space_becomes_settings():
     base = {"fitness": "segment", "policy_kwargs": {"net_arch": [16]}, "target_kl": "lin_0.5", "gamma": 0.99}
     assert _start(base, SPACES["segment"]) == {
-        "exploration_std": 0.6, "network": "16", "n_segments": 32, "segment_steps": 64, "gamma": 0.99,
+        "exploration_std": 0.4, "network": "16", "n_segments": 32, "segment_steps": 64, "gamma": 0.99,
         "gae_lambda": 0.95,
     }  # fmt: skip
     chosen = {"exploration_std": 0.3, "target_kl": 0.2, "network": "8", "n_segments": 64}
