@@ -57,8 +57,8 @@ class Learner:
 def settings_of(preset: dict[str, Any], algo: str, observation_space: spaces.Space) -> dict[str, Any]:
     """Return the settings of an algorithm in a preset, or what is used without.
 
-    ``openes`` is EGGROLL's table at full rank, with the table ``[openes]`` over it. Segments know no full rank: of their
-    table only what whole episodes share with it.
+    ``openes`` is EGGROLL's table at full rank, with the table ``[openes]`` over it. Segments have no full rank: of their
+    table it takes what whole episodes share with it.
 
     :raises ConfigError: the algorithm or a setting is unknown
     """
