@@ -57,8 +57,8 @@ class Learner:
 def settings_of(preset: dict[str, Any], algo: str, observation_space: spaces.Space) -> dict[str, Any]:
     """Return the settings of an algorithm in a preset, or what is used without.
 
-    ``openes`` is EGGROLL's table at full rank, with the table ``[openes]`` over it. Segments have no full rank: of their
-    table it takes what whole episodes share with it.
+    ``openes`` is EGGROLL's table at full rank, with the table ``[openes]`` over it. Segments have no full rank: of a
+    table for them it takes what whole episodes share.
 
     :raises ConfigError: the algorithm or a setting is unknown
     """
