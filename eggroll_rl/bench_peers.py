@@ -84,11 +84,11 @@ def one_worker(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[
 
 
 def segments(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
-    """Ours, whole training by segments, with critic and updates, a hidden layer of 16: the same workers."""
+    """Ours, whole training by segments, with critic and updates, 64-64: the same workers."""
     algorithm = EGGROLL(
         "MlpPolicy",
         factory,
-        policy_kwargs={"net_arch": [16]},
+        policy_kwargs={"zero_last_layer": False},  # else there is nothing to solve
         fitness="segment",
         target_kl=1e-12,  # all rounds see one policy
         seed=0,

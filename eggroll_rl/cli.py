@@ -83,7 +83,7 @@ def _load(model: Path, best: bool, **options: Any) -> Any:
 )
 @click.option("--fitness", help="episode: whole episodes; segment: a few thousand env steps per update (MuJoCo tasks).")
 @click.option("--population-size", type=int, help="Members per generation, even.")
-@click.option("--sigma", type=_Number(), help="Noise scale; lin_X falls from X to 0.")
+@click.option("--sigma", type=_Number(), help="Noise scale of episodes; lin_X falls from X to 0.")
 @click.option("--rank", type=int, help="Rank of a weight's perturbation.")
 @click.option("--learning-rate", type=_Number(), help="Step size, of episodes; lin_X falls from X to 0.")
 @click.option("--n-eval-episodes", type=int, help="Training episodes per member.")

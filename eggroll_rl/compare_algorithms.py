@@ -14,7 +14,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
 
-from eggroll_rl.config import EGGROLL_SETTINGS, RunConfig, check_names
+from eggroll_rl.config import EGGROLL_SETTINGS, RunConfig, check_names, without_fitness
 from eggroll_rl.envs import EnvFactory
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import check_whole
@@ -26,7 +26,6 @@ from eggroll_rl.workers import count_workers
 EVOLUTION = ("eggroll", "openes")
 # Clamped to min(m, n) for each m x n matrix: every perturbation has full rank.
 _FULL_RANK = 1_000_000
-_SHARED_SETTINGS = ("policy", "policy_kwargs", "alive_bonus_offset", "max_episode_steps")
 _RUN_ARGUMENTS = {"self", "env", "seed", "verbose", "tensorboard_log", "stats_window_size", "device", "monitor_wrapper"}
 _OUR_ARGUMENTS = ("n_envs", "normalize", "noise_std", "source")
 # For tasks whose preset has no table of the algorithm; what is not here is the library's default.
@@ -69,7 +68,7 @@ def settings_of(preset: dict[str, Any], algo: str, observation_space: spaces.Spa
         if algo == "openes":
             check_names(own, known, "[openes]")
             if settings.get("fitness") == "segment":
-                settings = {name: value for name, value in settings.items() if name in _SHARED_SETTINGS}
+                settings = {**without_fitness(settings), "fitness": "episode"}
             settings = {**settings, "rank": _FULL_RANK, **own}
     else:
         known = [*_arguments(algo), *_OUR_ARGUMENTS]

@@ -52,9 +52,9 @@ class EGGROLL(BaseAlgorithm):
     :param population_size: members per generation, even; not pairs. None is 64. In segments it is per layer and update,
         at most as many as the layer is wide, and None is 16
     :param sigma: noise scale; a number, ``"lin_<number>"`` (linear to 0) or a function of the progress
-        remaining, which falls from 1 to 0. Of episodes alone
+        remaining, which falls from 1 to 0. Of episodes alone, without effect on segments
     :param rank: rank of each weight matrix's perturbation; of segments 1
-    :param learning_rate: step size, given as ``sigma`` is; of episodes, where segments have ``target_kl``
+    :param learning_rate: step size, given as ``sigma`` is; of episodes alone, where segments have ``target_kl``
     :param fitness: ``"episode"`` or ``"segment"``
     :param n_eval_episodes: episodes per member; its fitness is their mean
     :param n_segments: simulations that run segments
@@ -251,6 +251,8 @@ class EGGROLL(BaseAlgorithm):
         if "fitness" in kwargs:  # what suited the other kind does not suit this one
             kwargs = {"population_size": None, "slice_size": None, **kwargs}
         model = super().load(path, env=None, device=device, **kwargs)
+        if "exploration_std" in kwargs and "std" in model.scorer_state:
+            model.scorer_state["std"].fill_(kwargs["exploration_std"])
         if env is not None:
             model.set_env(env, env_kwargs=env_kwargs)
         return model
@@ -326,6 +328,8 @@ class EGGROLL(BaseAlgorithm):
 
     def _fill_in(self) -> None:
         """Give settings that were left open what suits the kind of fitness."""
+        if callable(self.exploration_std):  # of models saved before the update moved it
+            self.exploration_std = float(self.exploration_std(1.0))
         by_segments = self.fitness == "segment"
         if self.population_size is None:
             self.population_size = 16 if by_segments else 64

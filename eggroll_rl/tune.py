@@ -37,6 +37,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "segment": {
         "exploration_std": {"low": 0.2, "high": 1.2},
         "target_kl": {"low": 0.02, "high": 0.5},
+        "schedule": ["constant", "linear"],
         "network": list(_NETWORKS),
         "n_segments": [16, 32, 64],
         "segment_steps": [32, 64, 128],
@@ -192,14 +193,20 @@ def _suggest(trial: Any, name: str, values: Any) -> Any:
 def _start(base: dict[str, Any], space: dict[str, Any]) -> dict[str, Any]:
     """Return what the preset's own settings are in the space, as far as they lie in it: the first trial."""
     base = RunConfig.with_defaults({"population_size": 64, **base})
-    rate, linear = base["learning_rate"], False
-    if isinstance(rate, str):
-        linear, rate = rate.startswith("lin_"), float(rate.removeprefix("lin_"))
-    named = {**base, "schedule": "linear" if linear else "constant", "learning_rate": rate}
+    step, linear = _step_of(base), False
+    size = base[step]
+    if isinstance(size, str):
+        linear, size = size.startswith("lin_"), float(size.removeprefix("lin_"))
+    named = {**base, "schedule": "linear" if linear else "constant", step: size}
     net_arch = base.get("policy_kwargs", {}).get("net_arch", [64, 64])
     if base.get("policy", "MlpPolicy") == "MlpPolicy" and net_arch in _NETWORKS.values():
         named["network"] = next(name for name, widths in _NETWORKS.items() if widths == net_arch)
     return {name: named[name] for name, values in space.items() if name in named and _lies_in(named[name], values)}
+
+
+def _step_of(settings: dict[str, Any]) -> str:
+    """Return the setting that ``schedule`` is about."""
+    return "target_kl" if settings.get("fitness") == "segment" else "learning_rate"
 
 
 def _lies_in(value: Any, values: Any) -> bool:
@@ -215,7 +222,8 @@ def _settings(base: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     settings = {**base, **chosen, "policy": "MlpPolicy"}
     settings["policy_kwargs"] = {**base.get("policy_kwargs", {}), "net_arch": _NETWORKS[network]}
     if schedule == "linear":
-        settings["learning_rate"] = f"lin_{settings['learning_rate']:.6g}"
+        step = _step_of(settings)
+        settings[step] = f"lin_{settings[step]:.6g}"
     # Two slices, for two workers: part of the result, whatever the machine.
     n_rows = settings["n_segments"] if settings.get("fitness") == "segment" else settings["population_size"]
     settings["slice_size"] = max(2, n_rows // 4 * 2)

@@ -129,7 +129,8 @@ def test_openes_of_a_preset_for_segments_runs_whole_episodes():
     eggroll = {"fitness": "segment", "policy_kwargs": {"net_arch": [8]}, "target_kl": 0.2, "alive_bonus_offset": -1.0}
     settings = settings_of({"eggroll": eggroll, "openes": {"sigma": 0.2}}, "openes", BOX)
     assert settings == {
-        "policy_kwargs": {"net_arch": [8]}, "alive_bonus_offset": -1.0, "rank": 1_000_000, "sigma": 0.2
+        "fitness": "episode", "policy_kwargs": {"net_arch": [8]}, "alive_bonus_offset": -1.0, "rank": 1_000_000,
+        "sigma": 0.2,
     }  # fmt: skip
 
 

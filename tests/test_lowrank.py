@@ -325,9 +325,3 @@ def test_an_activation_that_works_in_place_leaves_the_inputs_alone(monkeypatch):
     y = population.forward(x)
     assert torch.equal(x, before)
     torch.testing.assert_close(y, population.forward(before.expand(8, 9, 5), per_member=True), atol=1e-6, rtol=1e-5)
-
-
-def test_each_update_of_a_generation_has_noise_of_its_own():
-    noises = [make_noise(update=update) for update in (0, 1, 2)] + [make_noise(generation=make_noise().generation + 1)]
-    drawn = torch.stack([standard_normal(noise, 0, 0, 4, 1000) for noise in noises]).flatten(1)
-    assert (torch.corrcoef(drawn) - torch.eye(4)).abs().max() < 0.06

@@ -454,6 +454,17 @@ def test_what_was_left_open_follows_fitness(tmp_path):
     assert (own.population_size, own.slice_size) == (20, 16)
 
 
+def test_the_noise_of_a_loaded_model_can_be_set_anew(tmp_path):
+    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, policy_kwargs={"net_arch": [8]}, **SETTINGS)
+    model.learn(120, log_interval=None)
+    model.exploration_std = lambda progress: 0.4  # as saved when it was a schedule
+    model.save(tmp_path / "model")
+    moved = model.scorer.exploration_std
+    same, other = (EGGROLL.load(tmp_path / "model", env="Hopper-v5", **kw) for kw in ({}, {"exploration_std": 0.2}))
+    assert np.array_equal(same.scorer.exploration_std, moved) and not np.any(moved == 0.4)
+    assert np.all(other.scorer.exploration_std == 0.2) and (same.exploration_std, other.exploration_std) == (0.4, 0.2)
+
+
 def test_segments_of_an_older_version_are_refused(model):
     state = {name: value for name, value in model.scorer.state_dict().items() if name != "std"}
     with pytest.raises(ConfigError, match="saved by an older version, which kept no deviations"):
