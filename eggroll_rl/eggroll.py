@@ -40,8 +40,9 @@ class EGGROLL(BaseAlgorithm):
     With ``fitness="segment"`` the members do not run episodes. ``n_segments`` simulations go on for ``segment_steps``
     under the mean policy with exploration noise, a critic says how much better each action was than expected, and the
     population is evaluated on these recorded states, by forward passes alone (:mod:`eggroll_rl.surrogate`). A
-    generation is then a few thousand env steps. It needs Gymnasium's MuJoCo v5 tasks, whose states can be copied; the
-    policy learns by evolution alone, the critic by gradient descent.
+    generation is then a few thousand env steps. The policy learns by evolution alone, the critic by gradient descent.
+    Simulations of Gymnasium's MuJoCo v5 tasks go on from generation to generation. The state of any other env cannot be
+    copied: there each segment begins with a new episode, and ``segment_steps`` should be about as many as it has.
 
     An env given by id, ``EnvSpec`` or function is rebuilt where it is needed (*native* mode): results are the
     same to the bit for any number of workers. A ready-made env or ``VecEnv`` is stepped as it is, in this
@@ -66,7 +67,8 @@ class EGGROLL(BaseAlgorithm):
     :param target_kl: divergence that a generation of segments moves the policy by if its updates agree, measured on
         their own samples; like ``clip_range`` given as ``sigma`` is
     :param n_epochs: passes over a generation's samples
-    :param batch_size: samples per update, each with a population of its own
+    :param batch_size: samples of the generation per update, each with a population of its own
+    :param sample_reuse: generations before whose samples are used again, weighted by their likelihood
     :param clip_range: of the likelihood ratio, as in PPO
     :param critic_kwargs: see :class:`eggroll_rl.critic.Critic`
     :param fitness_shaping: a name in :data:`eggroll_rl.fitness.FITNESS_SHAPING`, or a function of fitness (N,); like
@@ -117,6 +119,7 @@ class EGGROLL(BaseAlgorithm):
         target_kl: float | str | Schedule = 0.1,
         n_epochs: int = 1,
         batch_size: int = 512,
+        sample_reuse: int = 0,
         clip_range: float | str | Schedule = 0.2,
         critic_kwargs: dict[str, Any] | None = None,
         fitness_shaping: str | FitnessShaping = "centered_rank",
@@ -151,6 +154,7 @@ class EGGROLL(BaseAlgorithm):
         self.target_kl = make_schedule("target_kl", target_kl)
         self.n_epochs = n_epochs
         self.batch_size = batch_size
+        self.sample_reuse = sample_reuse
         self.clip_range = make_schedule("clip_range", clip_range)
         self.critic_kwargs = critic_kwargs
         self.fitness_shaping = fitness_shaping
@@ -236,7 +240,8 @@ class EGGROLL(BaseAlgorithm):
         self._keep_scorer_state()
         if self._factory is not None and self._factory != factory:
             # The critic may still be of use; states of another env are not.
-            self.scorer_state = {name: v for name, v in self.scorer_state.items() if not name.startswith("anchors")}
+            of_env = ("anchors", "earlier")
+            self.scorer_state = {name: v for name, v in self.scorer_state.items() if not name.startswith(of_env)}
         self._factory, self._scorer = factory, None
 
     @classmethod
@@ -441,7 +446,7 @@ class EGGROLL(BaseAlgorithm):
         target_kl, clip_range = (f(self._progress_remaining()) for f in (self.target_kl, self.clip_range))
         for name, value in (("target_kl", target_kl), ("clip_range", clip_range)):
             check_positive(name, value)
-        return Improvement(self.n_epochs, self.batch_size, target_kl, clip_range)
+        return Improvement(self.n_epochs, self.batch_size, self.sample_reuse, target_kl, clip_range)
 
     def _make_evaluator(self) -> Evaluator:
         assert self.env is not None

@@ -20,7 +20,7 @@ from eggroll_rl.mujoco_vector import MujocoVectorEnv
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Anchors, RolloutResult
 from eggroll_rl.segments import SegmentResult
-from eggroll_rl.surrogate import Improvement, Recorded, improve
+from eggroll_rl.surrogate import Improvement, Recorded, Samples, improve
 
 _AGES_STREAM = 4  # spawn key of the seed, beside those of eggroll_rl.rollout and eggroll_rl.critic
 
@@ -68,6 +68,7 @@ class _Kept:
     :param returns: (N,) of the running episodes so far; NaN for those of the start, which the time limit cuts short
     :param lengths: (N,)
     :param std: (O,) of the exploration noise
+    :param earlier: samples to be used again, newest first
     """
 
     anchors: Anchors
@@ -75,6 +76,7 @@ class _Kept:
     lengths: np.ndarray
     std: np.ndarray
     critic: Critic
+    earlier: tuple[Samples, ...] = ()
 
 
 class SegmentScorer:
@@ -84,7 +86,7 @@ class SegmentScorer:
     in a thread of its own while the population is evaluated.
 
     :param n_segments: simulations N
-    :param state_size: S
+    :param state_size: S; 0 where states cannot be copied, and each segment begins a new episode
     :param time_limit: env steps of an episode, or None. The first episodes begin at random ages, so that not all
         simulations reach it together
     :param n_features: inputs I of the policy's network, which are the critic's too
@@ -146,14 +148,13 @@ class SegmentScorer:
         n_steps = len(rewards_TN)
         for n in range(len(returns)):
             start = 0
-            for end in [*(np.flatnonzero(ended_TN[:, n]) + 1).tolist(), n_steps]:
+            for end in (np.flatnonzero(ended_TN[:, n]) + 1).tolist():
                 returns[n] += rewards_TN[start:end, n].sum()
-                lengths[n] += end - start
-                start = end
-                if end and ended_TN[end - 1, n]:
-                    if not math.isnan(returns[n]):
-                        infos[n * n_steps + end] = {"episode": {"r": float(returns[n]), "l": int(lengths[n])}}
-                    returns[n], lengths[n] = 0.0, 0
+                if not math.isnan(returns[n]):
+                    infos[n * n_steps + end] = {"episode": {"r": float(returns[n]), "l": int(lengths[n] + end - start)}}
+                returns[n], lengths[n], start = 0.0, 0, end
+            returns[n] += rewards_TN[start:, n].sum()
+            lengths[n] += n_steps - start
         return infos, returns, lengths
 
     def update(
@@ -178,8 +179,9 @@ class SegmentScorer:
             recorded = Recorded(
                 features_BI.to(device), outputs_BO.to(device), advantages_TN.ravel(), self.exploration_std
             )
-            metrics, std = improve(es, recorded, improvement, learning)
-            self._kept = replace(moved_on, std=std)
+            earlier = tuple(Samples(*(part.to(device) for part in samples)) for samples in self._kept.earlier)
+            metrics, std, samples = improve(es, recorded, earlier, improvement, learning)
+            self._kept = replace(moved_on, std=std, earlier=(samples, *earlier)[: improvement.sample_reuse])
         variance = targets_TN.var()
         return {
             **metrics,
@@ -191,6 +193,8 @@ class SegmentScorer:
     def _moved_on(self, results: list[SegmentResult], critic: Critic) -> _Kept:
         _, returns, lengths = self._episodes(results)
         ended_N = _ended(results)[-1]
+        if not self.anchors.states.shape[1]:  # nowhere to go on from
+            ended_N, returns, lengths = np.ones_like(ended_N), np.zeros_like(returns), np.zeros_like(lengths)
         ages_N = np.where(ended_N, 0, np.concatenate([result.ages for result in results]))
         anchors = Anchors(np.concatenate([result.states for result in results]), ages_N, ended_N)
         return _Kept(anchors, returns, lengths, self._kept.std, critic)
@@ -219,9 +223,11 @@ class SegmentScorer:
         kept = self._kept
         arrays = {f"anchors.{name}": value for name, value in vars(kept.anchors).items()}
         arrays |= {"returns": kept.returns, "lengths": kept.lengths, "std": kept.std}
+        earlier = {f"earlier.{i}": samples._asdict() for i, samples in enumerate(kept.earlier)}
         optimizer = kept.critic.optimizer.state_dict()["state"]
         return {
             **{name: torch.from_numpy(value.copy()) for name, value in arrays.items()},
+            **{f"{prefix}.{name}": value.cpu() for prefix, parts in earlier.items() for name, value in parts.items()},
             **{f"critic.{name}": value for name, value in kept.critic.state_dict().items()},
             **{f"optimizer.{i}.{name}": value for i, entry in optimizer.items() for name, value in entry.items()},
         }
@@ -244,7 +250,9 @@ class SegmentScorer:
         except RuntimeError as error:
             raise ConfigError(f"critic_kwargs {dict(net_arch=critic.net_arch)} do not fit the saved critic") from error
         critic.optimizer.load_state_dict({**critic.optimizer.state_dict(), "state": entries})
-        self._kept = replace(self._kept, critic=critic, std=state["std"].numpy())
+        n_earlier = sum(name.endswith(".log_likelihood") for name in state)
+        earlier = tuple(Samples(*(state[f"earlier.{i}.{name}"] for name in Samples._fields)) for i in range(n_earlier))
+        self._kept = replace(self._kept, critic=critic, std=state["std"].numpy(), earlier=earlier)
         if "anchors.states" in state and state["anchors.states"].shape == self.anchors.states.shape:
             anchors = Anchors(**{name: state[f"anchors.{name}"].numpy() for name in vars(self.anchors)})
             returns, lengths = state["returns"].numpy(), state["lengths"].numpy()
@@ -252,14 +260,14 @@ class SegmentScorer:
 
 
 def check_env(fitness: str, factory: EnvFactory | None) -> None:
-    """Refuse segments of an env whose states cannot be copied.
+    """Refuse segments of a ready-made env.
 
     :param factory: of the env; None for a ready-made one
     """
-    if fitness == "segment" and (factory is None or factory.describe_vector() != MujocoVectorEnv.__name__):
+    if fitness == "segment" and factory is None:
         raise ConfigError(
-            "fitness='segment' copies states of the simulation: it needs one of Gymnasium's MuJoCo v5 tasks, unwrapped "
-            "and given by id; use fitness='episode' for this env"
+            "fitness='segment' runs simulations of its own: give the env by id or function, or use fitness='episode' "
+            "for this one"
         )
 
 
@@ -273,9 +281,10 @@ def make_scorer(
     if fitness == "episode":
         return EpisodeScorer()
     assert factory is not None
+    state_size, time_limit = 0, None
     envs = factory.vector(2)
-    assert isinstance(envs, MujocoVectorEnv)
-    state_size, time_limit = envs.get_states()[0].shape[1], envs.max_episode_steps
+    if isinstance(envs, MujocoVectorEnv):
+        state_size, time_limit = envs.get_states()[0].shape[1], envs.max_episode_steps
     envs.close()
     with torch.no_grad():
         zeros = torch.zeros(1, policy.n_inputs, dtype=torch.float64, device=policy.device)

@@ -1,12 +1,15 @@
 """The inner loop of ``fitness="segment"``: one slice of the simulations, for a few steps with exploration noise.
 
 The mean policy acts, with Gaussian noise on its outputs. A simulation starts from its anchor, where it was at the end
-of the generation before, and begins a new episode whenever one ends. A slice's result is a pure function of
-(parameters, normalizer, anchors, seed, generation), as in :mod:`eggroll_rl.rollout`.
+of the generation before, and begins a new episode whenever one ends. An env whose state cannot be copied begins a new
+episode with every segment. A slice's result is a pure function of (parameters, normalizer, anchors, seed, generation),
+as in :mod:`eggroll_rl.rollout`.
 
 Shapes: T steps, N simulations of the slice, padding included, I inputs, O outputs, D ends, S a simulation's state.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +23,7 @@ from eggroll_rl.mujoco_vector import MujocoVectorEnv
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Generation, RolloutResult, check_finite, rollout, seeded_globals
-from eggroll_rl.serial_vector import DIVERGED
+from eggroll_rl.serial_vector import DIVERGED, SerialVectorEnv, SubEnvError
 
 _RESET_STREAM = 6  # spawn keys of the seed, beside those of rollout, critic and scoring
 _EXPLORATION_STREAM = 7
@@ -37,7 +40,7 @@ class SegmentResult:
     :param truncated: (T, N) the time limit did
     :param final_features: (D, I) the network's inputs for the states in which episodes ended, in the order of
         ``np.argwhere(terminated | truncated)``
-    :param states: (N, S) at the end
+    :param states: (N, S) at the end; S is 0 where states cannot be copied
     :param ages: (N,) env steps of the running episode
     :param moments: of the observations that were acted on
     """
@@ -79,13 +82,21 @@ def _padded(rows: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), dtype=rows.dtype)])
 
 
+@contextmanager
+def _sub_env_errors_as(episode_error: Callable[[int, str], EpisodeError]) -> Iterator[None]:
+    try:
+        yield
+    except SubEnvError as error:
+        raise episode_error(error.index, f"the env raised in {error.call}: {error.summary}\n{error.text}") from None
+
+
 @torch.no_grad()
-def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs: MujocoVectorEnv) -> SegmentResult:
+def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorEnv) -> SegmentResult:
     """Run the slice of simulations that starts at ``first`` for ``segment_steps``.
 
     :param policy: on the CPU, after :func:`eggroll_rl.rollout.load_generation`
     :param envs: ``slice_size`` sub-envs in ``AutoresetMode.DISABLED``
-    :raises EpisodeError: a reward or observation is NaN or infinite, or the physics diverged
+    :raises EpisodeError: an env raised, a reward or observation is NaN or infinite, or the physics diverged
     """
     noise, anchors, n_steps = generation.noise, generation.anchors, generation.segment_steps
     assert anchors is not None and generation.exploration_std is not None
@@ -103,17 +114,22 @@ def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs:
     def reset(mask_N: np.ndarray, **options: np.ndarray) -> np.ndarray:
         seeds = [reset_seed(noise, first + n, n_resets_N[n]) if mask_N[n] else None for n in range(size)]
         n_resets_N[mask_N] += 1
-        obs, _ = envs.reset(seed=seeds, options={"reset_mask": mask_N, **options})
+        obs, _ = envs.reset(seed=seeds, options={"reset_mask": mask_N, **options})  # type: ignore[arg-type]
         return obs
 
-    obs = envs.set_states(real_N & ~new_N, states_NS, age_N)
-    if new_N.any():
-        obs = reset(new_N, elapsed=age_N)
     obs_TNI = np.empty((n_steps, size, policy.n_inputs))
     rewards_TN = np.zeros((n_steps, size))
     terminated_TN, truncated_TN = np.zeros((2, n_steps, size), dtype=bool)
-    check_finite(np.zeros(size), obs, real_N, episode_error)
-    with seeded_globals(noise, first):
+    with seeded_globals(noise, first), _sub_env_errors_as(episode_error):
+        if isinstance(envs, MujocoVectorEnv):
+            obs = envs.set_states(real_N & ~new_N, states_NS, age_N)
+            if new_N.any():
+                obs = reset(new_N, elapsed=age_N)
+        else:
+            assert isinstance(envs, SerialVectorEnv)
+            envs.leave_alone()
+            obs = reset(real_N)
+        check_finite(np.zeros(size), obs, real_N, episode_error)
         actor = Actor(policy, None, first, size)
         n_features = actor.features(actor.encode(obs)).shape[1]
         features_TNI = np.empty((n_steps + 1, size, n_features), dtype=np.float32)
@@ -136,7 +152,8 @@ def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs:
         features_TNI[n_steps] = actor.features(actor.encode(obs))
     moments = Moments.zeros(size, policy.n_inputs)
     moments.add(obs_TNI, np.broadcast_to(real_N, (n_steps, size)))
-    states_NS, age_N = envs.get_states()
+    if isinstance(envs, MujocoVectorEnv):
+        states_NS, age_N = envs.get_states()
     return SegmentResult(
         first,
         features_TNI[:, :n_real],
@@ -155,5 +172,4 @@ def evaluate_slice(policy: MlpPolicy, generation: Generation, first: int, envs: 
     """Run the slice that starts at ``first``, by whole episodes or segments."""
     if generation.anchors is None:
         return rollout(policy, generation, first, envs)
-    assert isinstance(envs, MujocoVectorEnv)
     return segment_rollout(policy, generation, first, envs)

@@ -101,6 +101,10 @@ class SerialVectorEnv(VectorEnv):
                     infos = self._add_info(infos, {"is_success": bool(info["is_success"])}, i)
         return self._obs.copy(), rewards, terminations, truncations, infos
 
+    def leave_alone(self) -> None:
+        """Treat all sub-envs as finished, until they are reset."""
+        self._done[:] = True
+
     @staticmethod
     def _has_diverged(env: gym.Env) -> bool:
         data = getattr(env.unwrapped, "data", None)

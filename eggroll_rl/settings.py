@@ -69,6 +69,7 @@ def _check_segments(model: Any) -> None:
         raise ConfigError(f"fitness must be 'episode' or 'segment', got {model.fitness!r}")
     for name in ("n_segments", "segment_steps", "n_epochs", "batch_size"):
         check_whole(name, getattr(model, name), 1)
+    check_whole("sample_reuse", model.sample_reuse, 0)
     check_positive("exploration_std", model.exploration_std)
     for name in ("gamma", "gae_lambda"):
         check_fraction(name, getattr(model, name))

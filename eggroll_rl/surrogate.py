@@ -4,15 +4,17 @@ Simulations recorded what the mean policy f did with Gaussian noise of deviation
 each action was than expected: its advantage A. The fitness of member n is what its outputs f_n would have gained
 there, to first order, in the surrogate of PPO (Schulman et al., arXiv 1707.06347, Eq. 7):
 
-    F_n = mean_b  r_b A_b <f_n(x_b) - f(x_b), a_b - f(x_b)> / s²        a_b: the outputs with noise
+    F_n = mean_b  v_b r_b A_b <f_n(x_b) - f(x_b), a_b - f(x_b)> / s²        a_b: the outputs with noise
 
-r_b is the likelihood of a_b now over that when it was recorded, and samples that the clipping has settled count as 0.
+r_b is the likelihood of a_b now over that at the generation's start, and samples that the clipping has settled count as
+0. Samples of the generations before are used again (as in GePPO, Queeney et al., arXiv 2111.00072): v_b is the
+likelihood at the start over that when the sample was recorded, truncated (Ionides 2008).
 
 A member perturbs one layer by a bᵀ (EGGROLL, rank 1). A sample whose input to that layer is h sees the layer's output
-move by a <b, h>: all that b does is to say how far. So one forward pass with the layer's output moved along a gives the
-responses u to all members that share a, whatever their b is, and P passes evaluate the P x J members a e_jᵀ, of which
-all others are sums. The factors a of a layer are orthonormal (Choromanski et al., arXiv 1804.02395), so as many passes
-as the layer is wide span it.
+move by a <b, h>: all that b does is to say how far. So one forward pass along a, through the slopes of the activations
+and the weights behind the layer, gives the responses u to all members that share a, whatever their b is, and P passes
+evaluate the P x J members a e_jᵀ, of which all others are sums. The factors a of a layer are orthonormal (Choromanski
+et al., arXiv 1804.02395), so as many passes as the layer is wide span it.
 
 Among the P x J members the update follows the natural gradient (Amari 1998; Kakade 2001). With phi their responses
 in units of s, on all samples, and K = phi phiᵀ / B,
@@ -21,14 +23,15 @@ in units of s, on all samples, and K = phi phiᵀ / B,
 
 and its length is such that the policy moves by a given Kullback-Leibler divergence: a step has a size in actions,
 whatever the parameters are. The logarithms of s move along, at a tenth of their natural gradient's pace, which is
-mean_b r_b A_b (z_b² - 1) / 2 with z the noise in deviations. All of it is forward passes; nothing is differentiated.
+mean_b v_b r_b A_b (z_b² - 1) / 2 with z the noise in deviations. All of it is forward passes; nothing is
+propagated back.
 
 Shapes: B samples, I features, J inputs of a layer (with a 1 for the bias), H its outputs, O outputs, P passes. Samples
 come last inside: there a product of (P, O, B) with (P, B) took about a quarter of the time of B small matrix products.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,11 +46,11 @@ from eggroll_rl.lowrank import is_plain_sequence
 
 _BATCH_STREAM = 8  # spawn keys of the seed, beside those of rollout, critic, scoring and segments
 _FACTOR_STREAM = 9
-_STEP = 0.003  # of finite differences: small against a tanh's bend, large against float32's rounding
+_STEP = 0.003  # of activations' slopes: small against a tanh's bend, large against float32's rounding
 _DAMPING = 0.1  # lambda, in units of K's mean eigenvalue
 _CG_STEPS = 10
-_NUMBERS_AT_ONCE = 2**17  # of activations: half a megabyte stays in the cache
 _MAX_ADVANTAGE = 4.0  # deviations
+_MAX_WEIGHT = 2.0  # of an earlier generation's sample
 _STD_RATE = 0.1  # at 1 exploration ends early: Hopper-v5 stays standing (agents/LOG.md)
 _LEAST_STD = 0.05  # below, it falls no more
 
@@ -68,12 +71,28 @@ class Recorded:
     std: np.ndarray
 
 
+class Samples(NamedTuple):
+    """A generation's samples, as later ones use them again.
+
+    :param features: the network's inputs (B, I), float32
+    :param outputs: the network's outputs with noise (B, O), float32
+    :param advantages: standardized (B,), float32
+    :param log_likelihood: of the outputs (B,), float32, under the policy that recorded them; up to a constant
+    """
+
+    features: Tensor
+    outputs: Tensor
+    advantages: Tensor
+    log_likelihood: Tensor
+
+
 @dataclass(frozen=True)
 class Improvement:
     """How a generation's samples are used.
 
     :param n_epochs: passes over them
-    :param batch_size: samples per update, about
+    :param batch_size: samples of the generation per update, about; those of earlier ones come on top
+    :param sample_reuse: generations before whose samples are used again
     :param target_kl: divergence between the policies before and after if all updates go in one direction, each measured
         on its own samples
     :param clip_range: of the likelihood ratio
@@ -81,6 +100,7 @@ class Improvement:
 
     n_epochs: int
     batch_size: int
+    sample_reuse: int
     target_kl: float
     clip_range: float
 
@@ -115,6 +135,7 @@ def check_network(network: nn.Module) -> None:
             "has frozen parameters": not all(parameter.requires_grad for parameter in own),
             "shares parameters with another layer": not seen.isdisjoint(map(id, own)),
             "works in place": getattr(layer, "inplace", False),
+            "does not work on each number by itself": not own and not _is_elementwise(layer),
         }
         for fault, found in faults.items():
             if found:
@@ -126,23 +147,40 @@ def check_network(network: nn.Module) -> None:
 
 
 @torch.no_grad()
+def _is_elementwise(layer: nn.Module) -> bool:
+    probe = torch.linspace(-1, 1, 6).view(1, 6)
+    moved = probe.clone()
+    moved[0, 0] += 0.5
+    try:
+        y, other = layer(probe), layer(moved)
+    except Exception:  # whatever a layer says to an input that does not suit it
+        return False
+    return y.shape == probe.shape and torch.equal(y[0, 1:], other[0, 1:])
+
+
+@torch.no_grad()
 def improve(
-    es: EvolutionStrategy, recorded: Recorded, settings: Improvement, meanwhile: Future | None = None
-) -> tuple[dict[str, float], np.ndarray]:
+    es: EvolutionStrategy,
+    recorded: Recorded,
+    earlier: Sequence[Samples],
+    settings: Improvement,
+    meanwhile: Future | None = None,
+) -> tuple[dict[str, float], np.ndarray, Samples]:
     """Make the generation's updates, each with a population of its own, and go on to the next generation.
 
     If anything goes wrong, be it a signal, the parameters stay as they were.
 
     :param es: of a network that :func:`check_network` lets pass
+    :param earlier: samples of generations before, to be used again
     :param meanwhile: has to succeed too
-    :return: kl (divergence reached), clip_fraction (of samples, in the last epoch) and update_ratio; then the next
-        deviations of the noise (O,)
+    :return: kl (divergence reached, on the recorded samples), clip_fraction (of all samples, in the last epoch) and
+        update_ratio; then the next deviations of the noise (O,); then what was recorded, for later generations
     :raises NonFiniteError: an update would not be finite
     """
     before = {name: parameter.clone() for name, parameter in es.parameters.items()}
     try:
         with one_thread():
-            metrics, std_O = _improve(es, recorded, settings)
+            metrics, std_O, samples = _improve(es, recorded, earlier, settings)
         now = torch.cat([parameter.flatten() for parameter in es.parameters.values()])
         was = torch.cat([value.flatten() for value in before.values()])
         if not now.isfinite().all() or not np.isfinite(std_O).all():
@@ -154,18 +192,25 @@ def improve(
         es.set_parameters(before)
         raise
     es.end_generation()
-    return {**metrics, "update_ratio": step / size if size > 0 else math.inf}, std_O
+    return {**metrics, "update_ratio": step / size if size > 0 else math.inf}, std_O, samples
 
 
-def _improve(es: EvolutionStrategy, recorded: Recorded, settings: Improvement) -> tuple[dict[str, float], np.ndarray]:
-    network, n_samples = es.module, len(recorded.features)
+def _improve(
+    es: EvolutionStrategy, recorded: Recorded, earlier: Sequence[Samples], settings: Improvement
+) -> tuple[dict[str, float], np.ndarray, Samples]:
+    network, n_recorded = es.module, len(recorded.features)
     assert isinstance(network, nn.Sequential)
-    advantages = torch.from_numpy(_standardized(recorded.advantages)).to(recorded.features)
-    old_log_std_O = torch.from_numpy(recorded.std).to(recorded.features).log()
-    log_std_O = old_log_std_O.clone()
     old_mean_BO = network(recorded.features)
-    old_BO = (recorded.outputs - old_mean_BO) / old_log_std_O.exp()  # the noise, in deviations
-    n_batches = max(1, round(n_samples / settings.batch_size))
+    old_log_std_O = torch.from_numpy(recorded.std).to(old_mean_BO).log()
+    log_std_O = old_log_std_O.clone()
+    advantages = torch.from_numpy(_standardized(recorded.advantages)).to(old_mean_BO)
+    likelihood = _log_likelihood(recorded.outputs, old_mean_BO, old_log_std_O)
+    new = Samples(recorded.features, recorded.outputs, advantages, likelihood)
+    at_start = [likelihood, *(_log_likelihood(past.outputs, network(past.features), old_log_std_O) for past in earlier)]
+    start_B = torch.cat(at_start)
+    samples = Samples(*(torch.cat(parts) for parts in zip(new, *earlier, strict=True)))
+    gain_B = samples.advantages * (start_B - samples.log_likelihood).exp().clamp(max=_MAX_WEIGHT)
+    n_batches = max(1, round(n_recorded / settings.batch_size))
     step_kl = settings.target_kl / (n_batches * settings.n_epochs) ** 2  # in one direction, deviations add up
     batches, factors = (
         np.random.default_rng(np.random.SeedSequence(es.seed, spawn_key=(stream, es.generation)))
@@ -174,17 +219,17 @@ def _improve(es: EvolutionStrategy, recorded: Recorded, settings: Improvement) -
     clipped = 0
     for _ in range(settings.n_epochs):
         clipped = 0
-        for rows in np.array_split(batches.permutation(n_samples), n_batches):
-            std_O, before_BO, advantage_B = log_std_O.exp(), old_BO[rows], advantages[rows]
-            outputs_BO, layers = _evaluate(network, recorded.features[rows], es.population_size, factors)
-            noise_BO = (recorded.outputs[rows] - outputs_BO) / std_O
-            ratio_B = ((before_BO.square() - noise_BO.square()).sum(1) / 2 - (log_std_O - old_log_std_O).sum()).exp()
-            limit_B = torch.where(advantage_B > 0, ratio_B - 1, 1 - ratio_B)
-            settled_B = limit_B > settings.clip_range
-            clipped += int(settled_B.sum())
-            gain_B = (ratio_B * advantage_B).masked_fill(settled_B, 0)
-            weights = _natural_gradient(layers, (noise_BO / std_O).T * gain_B, std_O)
-            log_std_step_O = _STD_RATE * (noise_BO.square() - 1).T @ gain_B / len(rows) / 2
+        for rows in np.array_split(batches.permutation(len(start_B)), n_batches):
+            features, outputs, advantage, _ = (part[rows] for part in samples)
+            mean, layers = _evaluate(network, features, es.population_size, factors)
+            ratio = (_log_likelihood(outputs, mean, log_std_O) - start_B[rows]).exp()
+            settled = torch.where(advantage > 0, ratio - 1, 1 - ratio) > settings.clip_range
+            clipped += int(settled.sum())
+            gain = (ratio * gain_B[rows]).masked_fill(settled, 0)
+            std_O = log_std_O.exp()
+            noise = (outputs - mean) / std_O
+            weights = _natural_gradient(layers, (noise / std_O).T * gain, std_O)
+            log_std_step_O = _STD_RATE * (noise.square() - 1).T @ gain / len(rows) / 2
             kl = (
                 _combined(layers, weights).div(std_O[:, None]).square().sum(0).mean() / 2
                 + log_std_step_O.square().sum()
@@ -194,7 +239,13 @@ def _improve(es: EvolutionStrategy, recorded: Recorded, settings: Improvement) -
             log_std_O = torch.maximum(log_std_O + length * log_std_step_O, log_std_O.clamp(max=math.log(_LEAST_STD)))
     moved_BO = (network(recorded.features) - old_mean_BO) / old_log_std_O.exp()
     kl = moved_BO.square().sum(1).mean() / 2 + (log_std_O - old_log_std_O).square().sum()
-    return {"kl": kl.item(), "clip_fraction": clipped / n_samples}, log_std_O.exp().double().cpu().numpy()
+    metrics = {"kl": kl.item(), "clip_fraction": clipped / len(start_B)}
+    return metrics, log_std_O.exp().double().cpu().numpy(), new
+
+
+def _log_likelihood(outputs_BO: Tensor, mean_BO: Tensor, log_std_O: Tensor) -> Tensor:
+    """Return that of Gaussian outputs (B,), up to a constant."""
+    return -((outputs_BO - mean_BO) / log_std_O.exp()).square().sum(1) / 2 - log_std_O.sum()
 
 
 def _standardized(advantages: np.ndarray) -> np.ndarray:
@@ -209,28 +260,31 @@ def _evaluate(
     network: nn.Sequential, x_BI: Tensor, n_passes: int, generator: np.random.Generator
 ) -> tuple[Tensor, list[_Layer]]:
     """Return the mean's outputs (B, O), and every layer with as many passes as it is wide, at most ``n_passes``."""
-    seen: list[tuple[int, nn.Linear, Tensor, Tensor]] = []
+    inputs: list[Tensor] = []
+    stages: list[Callable[[Tensor], Tensor]] = []  # what each module makes of a change (H, B) of its input
     x = x_BI
-    for index, module in enumerate(network):
+    for module in network:
         y = module(x)
+        inputs.append(x)
         if isinstance(module, nn.Linear):
-            seen.append((index, module, x, y))
+            stages.append(module.weight.matmul)
+        else:
+            stages.append(((module(x + _STEP) - y) / _STEP).T.contiguous().mul)
         x = y
     outputs_BO, layers = x, []
-    for index, linear, h_BJ, z_BH in seen:
-        a_PH = _orthonormal(generator, n_passes, linear.out_features).to(z_BH)
-        at_once = max(1, _NUMBERS_AT_ONCE // z_BH.numel())
-        responses = [_measured(network[index + 1 :], z_BH, some, outputs_BO) for some in (_STEP * a_PH).split(at_once)]
-        if linear.bias is not None:
-            h_BJ = torch.cat([h_BJ, h_BJ.new_ones(len(h_BJ), 1)], dim=1)
-        layers.append(_Layer(linear, h_BJ.T.contiguous(), a_PH, torch.cat(responses)))
+    for index, (module, h_BJ) in enumerate(zip(network, inputs, strict=True)):
+        if isinstance(module, nn.Linear):
+            a_PH = _orthonormal(generator, n_passes, module.out_features).to(outputs_BO)
+            responses_POB = outputs_BO.new_empty(len(a_PH), *outputs_BO.T.shape)
+            for u_OB, a_H in zip(responses_POB, a_PH, strict=True):
+                change = a_H[:, None]
+                for stage in stages[index + 1 :]:
+                    change = stage(change)
+                u_OB.copy_(change)
+            if module.bias is not None:
+                h_BJ = torch.cat([h_BJ, h_BJ.new_ones(len(h_BJ), 1)], dim=1)
+            layers.append(_Layer(module, h_BJ.T.contiguous(), a_PH, responses_POB))
     return outputs_BO, layers
-
-
-def _measured(rest: nn.Module, z_BH: Tensor, steps_PH: Tensor, outputs_BO: Tensor) -> Tensor:
-    """Return what steps of a layer's outputs change in the network's, per unit: (P, O, B)."""
-    y_PBO = rest((z_BH + steps_PH[:, None]).flatten(0, 1)).unflatten(0, (len(steps_PH), len(z_BH)))
-    return y_PBO.sub(outputs_BO).div_(_STEP).transpose(1, 2).contiguous()
 
 
 def _orthonormal(generator: np.random.Generator, n_rows: int, width: int) -> Tensor:

@@ -5,7 +5,6 @@ import csv
 import numpy as np
 import pytest
 import torch
-import toy
 from gymnasium.vector import AutoresetMode
 from safetensors.numpy import load_file
 from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
@@ -24,6 +23,7 @@ from eggroll_rl.segments import evaluate_slice, exploration_noise, reset_seed, s
 from eggroll_rl.training import train
 
 SETTINGS = {"fitness": "segment", "segment_steps": 5, "n_segments": 12, "slice_size": 4, "population_size": 12}
+SETTINGS |= {"sample_reuse": 2}
 
 
 def vector(env_id, n, **kwargs):
@@ -239,7 +239,7 @@ def test_what_follows_a_step_is_the_final_state_and_not_that_of_the_next_episode
     anchors.ages[[0, 2, 5]] = [998, 997, 999]  # end at steps 1, 2 and 0
     generation = generation_of(model, anchors)
     results = [segment_rollout(model.policy, generation, first, vector("Hopper-v5", 4)) for first in (0, 4, 8)]
-    monkeypatch.setattr(scoring, "improve", lambda es, samples, *rest: recorded.append(samples) or ({}, None))
+    monkeypatch.setattr(scoring, "improve", lambda es, samples, *rest: recorded.append(samples) or ({}, None, samples))
     model.scorer._kept = scoring.replace(model.scorer._kept, critic=Opinion(11, seed=0))
     model.scorer.gae_lambda = 0.0
     model.update(results)
@@ -313,14 +313,16 @@ def test_episodes_are_counted_over_segments():
     still = {"exploration_std": 1e-9, "target_kl": 1e-9, "critic_kwargs": {"n_epochs": 1}}
     model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, **still, **SETTINGS)
     model.learn(5000, log_interval=None)
-    alone = vector("Hopper-v5", 1)
-    alone.reset(seed=0)
-    _, rewards, terminations, _ = run(alone, np.zeros((200, 1, 3), np.float32))
-    length = int(terminations[:, 0].argmax()) + 1
-    lengths = [episode["l"] for episode in model.ep_info_buffer]
-    assert len(lengths) > 5
-    assert np.median(lengths) == pytest.approx(length, abs=6)
-    assert np.median([e["r"] for e in model.ep_info_buffer]) == pytest.approx(rewards[:length].sum(), rel=0.15)
+    others = vector("Hopper-v5", 40)
+    others.reset(seed=0)
+    _, rewards, terminations, _ = run(others, np.zeros((400, 40, 3), np.float32))
+    wholes = terminations.argmax(axis=0) + 1
+    episodes = list(model.ep_info_buffer)
+    assert len(episodes) > 10 and terminations.any(axis=0).all()
+    assert wholes.min() - 10 < min(e["l"] for e in episodes) and max(e["l"] for e in episodes) < wholes.max() + 10
+    assert np.median([e["l"] for e in episodes]) == pytest.approx(np.median(wholes), rel=0.1)
+    returns = [rewards[:length, n].sum() for n, length in enumerate(wholes)]
+    assert np.median([e["r"] for e in episodes]) == pytest.approx(np.median(returns), rel=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -367,6 +369,7 @@ def test_a_saved_model_goes_on_as_if_it_had_not_been(tmp_path):
     model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, **SETTINGS)
     learn(model).save(tmp_path / "model")
     loaded = EGGROLL.load(tmp_path / "model", env="Hopper-v5")
+    assert len(loaded.scorer_state) > 0 and len(model.scorer._kept.earlier) == 2
     assert digest(learn(loaded)) == digest(learn(model))
     assert scorer_bytes(loaded) == scorer_bytes(model)
 
@@ -433,6 +436,7 @@ def test_another_env_takes_the_critic_and_starts_new_episodes(tmp_path):
     model.set_env("Hopper-v5", env_kwargs={"healthy_z_range": (0.9, 9.0)})
     assert model.scorer.anchors.new.all()
     assert torch.equal(model.scorer.state_dict()["critic.head.weight"], critic)
+    assert not model.scorer._kept.earlier  # samples of another task
     model.save(tmp_path / "model")
     more = EGGROLL.load(tmp_path / "model", env="Hopper-v5", n_segments=20)
     more.learn(1, log_interval=None, reset_num_timesteps=False)
@@ -480,10 +484,9 @@ def test_a_schedule_that_leaves_its_range_is_named():
 @pytest.mark.parametrize(
     ("env", "settings", "message"),
     [
-        ("CartPole-v1", {}, "fitness='segment' copies states .* use fitness='episode'"),
-        (toy.make_target, {}, "fitness='segment' copies states"),
         ("Hopper-v5", {"fitness": "steps"}, "fitness must be 'episode' or 'segment', got 'steps'"),
         ("Hopper-v5", {"segment_steps": 0}, "segment_steps must be a whole number, at least 1, got 0"),
+        ("Hopper-v5", {"sample_reuse": -1}, "sample_reuse must be a whole number, at least 0, got -1"),
         ("Hopper-v5", {"gamma": 1.5}, "gamma must be a number from 0 to 1, got 1.5"),
         ("Hopper-v5", {"critic_kwargs": {"n_epoch": 2}}, "critic_kwargs has no 'n_epoch'; known are net_arch"),
         ("Hopper-v5", {"critic_kwargs": {"net_arch": [0]}}, "critic_kwargs net_arch: a width must be .* got 0"),

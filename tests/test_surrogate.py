@@ -1,6 +1,7 @@
 """The population on recorded states: against automatic differentiation, by hand, and what should come of it."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from eggroll_rl.surrogate import Improvement, Recorded, improve
 
 STD = 0.3
 STDS = np.array([0.1, 0.3, 0.9])
-ONCE = Improvement(n_epochs=1, batch_size=10_000, target_kl=0.01, clip_range=0.2)
+ONCE = Improvement(n_epochs=1, batch_size=10_000, sample_reuse=0, target_kl=0.01, clip_range=0.2)
 
 
 def linear(n_in=5, n_out=3, population_size=200, **settings):
@@ -55,7 +56,7 @@ def test_one_update_of_a_linear_policy_is_its_natural_gradient(monkeypatch):
     noise = (recorded.outputs - es.module(recorded.features)).detach().double()
     x, gain = recorded.features.double(), shaped(recorded)[:, None]
     expected = torch.linalg.solve(x.T @ x, x.T @ (gain * noise)).T.flatten()
-    metrics, std = improve(es, recorded, ONCE)
+    metrics, std, _ = improve(es, recorded, [], ONCE)
     step = (weights(es) - before).double()
     assert torch.cosine_similarity(step, expected, dim=0) > 0.9999
     log_std_step = torch.from_numpy(np.log(std / STDS))
@@ -75,7 +76,7 @@ def test_the_noise_falls_no_further_than_its_least_deviation():
     std = np.array([0.06, 0.01])
     for _ in range(40):
         recorded = samples(es, advantage=lambda x, outputs: -(outputs - es.module(x)).square().sum(1).detach(), std=std)
-        _, std = improve(es, recorded, Improvement(n_epochs=1, batch_size=100, target_kl=0.5, clip_range=0.2))
+        _, std, _ = improve(es, recorded, [], replace(ONCE, batch_size=100, target_kl=0.5))
     assert std[0] == pytest.approx(0.05) and 0.01 <= std[1] < 0.05
 
 
@@ -107,7 +108,7 @@ def test_a_population_as_large_as_the_layers_knows_the_whole_gradient(monkeypatc
     fisher = torch.einsum("bok,bol->kl", whitened_BOK, whitened_BOK) / n_samples
     damping = surrogate._DAMPING * fisher.diagonal().mean()
     expected = torch.linalg.solve(fisher + damping * torch.eye(len(fisher)), gradient)
-    improve(es, recorded, ONCE)
+    improve(es, recorded, [], ONCE)
     assert torch.cosine_similarity((weights(es) - before).double(), expected, dim=0) > 0.999
 
 
@@ -146,7 +147,7 @@ def test_the_policy_goes_where_the_advantage_is(population_size):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
     es = EvolutionStrategy(module, population_size, seed=0)
-    settings = Improvement(n_epochs=2, batch_size=128, target_kl=0.05, clip_range=0.2)
+    settings = replace(ONCE, n_epochs=2, batch_size=128, target_kl=0.05)
 
     def missed(x, outputs):
         return (outputs - torch.stack([x[:, 0].tanh(), x[:, 1].sin()], 1)).square().sum(1)
@@ -157,7 +158,8 @@ def test_the_policy_goes_where_the_advantage_is(population_size):
 
     first = error()
     for _ in range(60):
-        metrics, _ = improve(es, samples(es, advantage=lambda x, outputs: -missed(x, outputs)), settings)
+        recorded = samples(es, advantage=lambda x, outputs: -missed(x, outputs))
+        metrics, _, _ = improve(es, recorded, [], settings)
         assert 0 < metrics["kl"] < 0.06
     assert error() < first / 4
 
@@ -171,8 +173,9 @@ def test_samples_that_have_moved_far_enough_count_no_more():
         old = es.module(x).detach()
         outputs = old + torch.tensor([[0.4], [0.1]])
         # Steps of one size, however many there are.
-        settings = Improvement(n_epochs, batch_size=10, target_kl=0.01 * n_epochs**2, clip_range=0.2)
-        metrics, std = improve(es, Recorded(x, outputs, np.array([1.0, 0.0]), np.array([STD])), settings)
+        settings = replace(ONCE, n_epochs=n_epochs, batch_size=10, target_kl=0.01 * n_epochs**2)
+        recorded = Recorded(x, outputs, np.array([1.0, 0.0]), np.array([STD]))
+        metrics, std, _ = improve(es, recorded, [], settings)
         assert metrics["clip_fraction"] == (n_epochs > 1)
         moved.append((es.module(x).detach(), std.item()))
     mean, std = moved[1]
@@ -182,14 +185,46 @@ def test_samples_that_have_moved_far_enough_count_no_more():
     assert std == moved[2][1] != moved[0][1]
 
 
+def test_samples_of_earlier_generations_count_by_their_likelihood(monkeypatch):
+    """The gradient of the truncated, importance-weighted surrogate over both generations' samples, and nothing else."""
+    monkeypatch.setattr(surrogate, "_DAMPING", 1e-7)
+    monkeypatch.setattr(surrogate, "_CG_STEPS", 60)
+    es = linear()
+    past = samples(es, n=300, std=STDS)
+    settings = replace(ONCE, target_kl=1.0)
+    _, std, kept = improve(es, past, [], settings)
+    assert torch.equal(kept.features, past.features) and torch.equal(kept.outputs, past.outputs)
+    new, before = samples(es, n=200, std=std), weights(es)
+    x = torch.cat([new.features, past.features]).double()
+    outputs = torch.cat([new.outputs, past.outputs]).double()
+    mean = es.module(x.float()).double().detach()
+
+    def likelihood(outputs, mean, std):
+        return torch.distributions.Normal(mean, torch.from_numpy(std)).log_prob(outputs).sum(1)
+
+    old = (past.outputs - noise_of(past)).double()
+    weight = (likelihood(outputs, mean, std)[200:] - likelihood(past.outputs.double(), old, STDS)).exp()
+    assert (weight > 2).any() and (weight < 0.5).any()
+    gain = torch.cat([shaped(new), shaped(past) * weight.clamp(max=2)])[:, None]
+    expected = torch.linalg.solve(x.T @ x, x.T @ (gain * (outputs - mean))).T.flatten()
+    improve(es, new, [kept], settings)
+    assert torch.cosine_similarity((weights(es) - before).double(), expected, dim=0) > 0.999
+
+
+def noise_of(recorded):
+    """What :func:`samples` added to the mean's outputs: the same numbers for the same count."""
+    generator = torch.Generator().manual_seed(2)
+    torch.randn(recorded.features.shape, generator=generator)
+    return torch.from_numpy(recorded.std.astype(np.float32)) * torch.randn(recorded.outputs.shape, generator=generator)
+
+
 @pytest.mark.parametrize("advantage", [7.0, 0.3])
 def test_no_differences_no_update(advantage):
     """0.3 has no exact mean: what is left of it is rounding."""
     es = linear()
     before = weights(es)
-    metrics, std = improve(
-        es, samples(es, advantage=lambda x, outputs: torch.full((len(x),), advantage, dtype=torch.float64)), ONCE
-    )
+    recorded = samples(es, advantage=lambda x, outputs: torch.full((len(x),), advantage, dtype=torch.float64))
+    metrics, std, _ = improve(es, recorded, [], ONCE)
     assert std == pytest.approx(STD)
     assert torch.equal(weights(es), before) and metrics["kl"] == 0 and es.generation == 1
 
@@ -198,7 +233,7 @@ def test_no_differences_no_update(advantage):
 def test_what_goes_wrong_changes_nothing(fault, monkeypatch):
     es = linear()
     before, recorded = weights(es), samples(es)
-    settings = Improvement(n_epochs=3, batch_size=100, target_kl=0.01, clip_range=0.2)
+    settings = replace(ONCE, n_epochs=3, batch_size=100)
     if fault == "not finite":
         recorded.advantages[3] = np.nan
     else:
@@ -213,7 +248,7 @@ def test_what_goes_wrong_changes_nothing(fault, monkeypatch):
 
         monkeypatch.setattr(surrogate, "_move", stopped)
     with pytest.raises(NonFiniteError if fault == "not finite" else KeyboardInterrupt):
-        improve(es, recorded, settings)
+        improve(es, recorded, [], settings)
     assert torch.equal(weights(es), before) and es.generation == 0
 
 
@@ -224,7 +259,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
         es = EvolutionStrategy(module, 64, seed=0)
         for parameter in es.parameters.values():
             torch.nn.init.uniform_(parameter, -0.2, 0.2, generator=torch.Generator().manual_seed(0))
-        improve(es, samples(es, n=2000), Improvement(2, 1000, 0.01, 0.2))
+        improve(es, samples(es, n=2000), [], replace(ONCE, n_epochs=2, batch_size=1000))
         return weights(es)
 
     threads = torch.get_num_threads()
@@ -247,6 +282,8 @@ _FROZEN = nn.Linear(2, 2).requires_grad_(False)
         (nn.Sequential(_SHARED, nn.Tanh(), _SHARED), r"2 \(Linear\) shares parameters"),
         (nn.Sequential(_FROZEN, nn.Tanh(), nn.Linear(2, 1)), r"0 \(Linear\) has frozen parameters"),
         (nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True)), r"1 \(ReLU\) works in place"),
+        (nn.Sequential(nn.Linear(2, 2), nn.Softmax(1)), r"1 \(Softmax\) does not work on each number by itself"),
+        (nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (2, 2))), r"1 \(Unflatten\) does not work on each number"),
     ],
 )
 def test_a_network_whose_members_cannot_be_evaluated_is_refused(network, message):

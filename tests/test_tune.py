@@ -190,12 +190,6 @@ def test_a_trial_that_fails_is_counted_and_the_search_goes_on(search, tmp_path, 
     assert tune(search, 3, tmp_path / "study")
 
 
-def test_segments_of_an_env_that_cannot_be_copied_are_refused_at_once(search, tmp_path):
-    with pytest.raises(ConfigError, match="use fitness='episode'"):
-        tune(replace(search, fitness="segment"), 2, tmp_path / "study")
-    assert not (tmp_path / "study").exists()
-
-
 @pytest.mark.parametrize(
     ("table", "message"),
     [
