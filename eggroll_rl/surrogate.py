@@ -49,7 +49,6 @@ _FACTOR_STREAM = 9
 _STEP = 0.003  # of activations' slopes: small against a tanh's bend, large against float32's rounding
 _DAMPING = 0.1  # lambda, in units of K's mean eigenvalue
 _CG_STEPS = 10
-_MAX_ADVANTAGE = 4.0  # deviations
 _MAX_WEIGHT = 2.0  # of an earlier generation's sample
 _STD_RATE = 0.1  # at 1 exploration ends early: Hopper-v5 stays standing (agents/LOG.md)
 _LEAST_STD = 0.05  # below, it falls no more
@@ -249,11 +248,11 @@ def _log_likelihood(outputs_BO: Tensor, mean_BO: Tensor, log_std_O: Tensor) -> T
 
 
 def _standardized(advantages: np.ndarray) -> np.ndarray:
-    """Return them with mean 0 and deviation 1, at most so many deviations off; zeros if they are all the same."""
+    """Return them with mean 0 and deviation 1; zeros if they are all the same."""
     mean, std = advantages.mean(), advantages.std()
     if std <= 1e-9 * abs(mean):  # rounding
         return np.zeros_like(advantages)
-    return np.clip((advantages - mean) / (std + 1e-8), -_MAX_ADVANTAGE, _MAX_ADVANTAGE)
+    return (advantages - mean) / (std + 1e-8)  # unclipped: a fall is many deviations, and what is to be learned
 
 
 def _evaluate(

@@ -43,6 +43,7 @@ SPACES: dict[str, dict[str, Any]] = {
         "segment_steps": [32, 64, 128],
         "gamma": [0.97, 0.98, 0.99, 0.995],
         "gae_lambda": [0.9, 0.95, 0.98],
+        "sample_reuse": [0, 1, 2],
     },
 }
 
