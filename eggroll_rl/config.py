@@ -147,7 +147,7 @@ _OF_ONE_FITNESS = (
     "population_size", "slice_size", "sigma", "rank", "n_eval_episodes", "fitness_shaping", "best_fraction",
     "learning_rate", "optimizer", "optimizer_kwargs", "weight_decay", "max_grad_norm",
     "n_segments", "segment_steps", "exploration_std", "gamma", "gae_lambda", "target_kl", "n_epochs", "batch_size",
-    "sample_reuse", "clip_range", "critic_kwargs",
+    "sample_reuse", "clip_range", "damping", "critic_kwargs",
 )  # fmt: skip
 
 

@@ -70,6 +70,8 @@ class EGGROLL(BaseAlgorithm):
     :param batch_size: samples of the generation per update, each with a population of its own
     :param sample_reuse: generations before whose samples are used again, weighted by their likelihood
     :param clip_range: of the likelihood ratio, as in PPO
+    :param damping: of the natural gradient in segments, in units of the Fisher matrix' mean eigenvalue: the larger, the
+        closer to the plain gradient
     :param critic_kwargs: see :class:`eggroll_rl.critic.Critic`
     :param fitness_shaping: a name in :data:`eggroll_rl.fitness.FITNESS_SHAPING`, or a function of fitness (N,); like
         ``best_fraction``, the optimizer and its settings, for episodes alone
@@ -121,6 +123,7 @@ class EGGROLL(BaseAlgorithm):
         batch_size: int = 512,
         sample_reuse: int = 0,
         clip_range: float | str | Schedule = 0.2,
+        damping: float = 0.1,
         critic_kwargs: dict[str, Any] | None = None,
         fitness_shaping: str | FitnessShaping = "centered_rank",
         best_fraction: float | None = None,
@@ -156,6 +159,7 @@ class EGGROLL(BaseAlgorithm):
         self.batch_size = batch_size
         self.sample_reuse = sample_reuse
         self.clip_range = make_schedule("clip_range", clip_range)
+        self.damping = damping
         self.critic_kwargs = critic_kwargs
         self.fitness_shaping = fitness_shaping
         self.best_fraction = best_fraction
@@ -446,7 +450,7 @@ class EGGROLL(BaseAlgorithm):
         target_kl, clip_range = (f(self._progress_remaining()) for f in (self.target_kl, self.clip_range))
         for name, value in (("target_kl", target_kl), ("clip_range", clip_range)):
             check_positive(name, value)
-        return Improvement(self.n_epochs, self.batch_size, self.sample_reuse, target_kl, clip_range)
+        return Improvement(self.n_epochs, self.batch_size, self.sample_reuse, target_kl, clip_range, self.damping)
 
     def _make_evaluator(self) -> Evaluator:
         assert self.env is not None

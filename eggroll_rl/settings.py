@@ -70,7 +70,8 @@ def _check_segments(model: Any) -> None:
     for name in ("n_segments", "segment_steps", "n_epochs", "batch_size"):
         check_whole(name, getattr(model, name), 1)
     check_whole("sample_reuse", model.sample_reuse, 0)
-    check_positive("exploration_std", model.exploration_std)
+    for name in ("exploration_std", "damping"):
+        check_positive(name, getattr(model, name))
     for name in ("gamma", "gae_lambda"):
         check_fraction(name, getattr(model, name))
     check_critic(model.critic_kwargs or {})

@@ -47,7 +47,6 @@ from eggroll_rl.lowrank import is_plain_sequence
 _BATCH_STREAM = 8  # spawn keys of the seed, beside those of rollout, critic, scoring and segments
 _FACTOR_STREAM = 9
 _STEP = 0.003  # of activations' slopes: small against a tanh's bend, large against float32's rounding
-_DAMPING = 0.1  # lambda, in units of K's mean eigenvalue
 _CG_STEPS = 10
 _MAX_WEIGHT = 2.0  # of an earlier generation's sample
 _STD_RATE = 0.1  # at 1 exploration ends early: Hopper-v5 stays standing (agents/LOG.md)
@@ -95,6 +94,7 @@ class Improvement:
     :param target_kl: divergence between the policies before and after if all updates go in one direction, each measured
         on its own samples
     :param clip_range: of the likelihood ratio
+    :param damping: lambda in units of K's mean eigenvalue: the larger, the closer to the plain gradient
     """
 
     n_epochs: int
@@ -102,6 +102,7 @@ class Improvement:
     sample_reuse: int
     target_kl: float
     clip_range: float
+    damping: float
 
 
 class _Layer(NamedTuple):
@@ -227,7 +228,7 @@ def _improve(
             gain = (ratio * gain_B[rows]).masked_fill(settled, 0)
             std_O = log_std_O.exp()
             noise = (outputs - mean) / std_O
-            weights = _natural_gradient(layers, (noise / std_O).T * gain, std_O)
+            weights = _natural_gradient(layers, (noise / std_O).T * gain, std_O, settings.damping)
             log_std_step_O = _STD_RATE * (noise.square() - 1).T @ gain / len(rows) / 2
             kl = (
                 _combined(layers, weights).div(std_O[:, None]).square().sum(0).mean() / 2
@@ -306,7 +307,7 @@ def _score(layers: list[_Layer], gain_OB: Tensor) -> list[Tensor]:
     return [(layer.responses * gain_OB).sum(1) @ layer.inputs.T / n_samples for layer in layers]
 
 
-def _natural_gradient(layers: list[_Layer], gain_OB: Tensor, std_O: Tensor) -> list[Tensor]:
+def _natural_gradient(layers: list[_Layer], gain_OB: Tensor, std_O: Tensor, damping: float) -> list[Tensor]:
     """Return the direction to go as members' weights (P, J) per layer; zeros if nothing is to be gained."""
     shapes = [(len(layer.factors), len(layer.inputs)) for layer in layers]
 
@@ -320,12 +321,12 @@ def _natural_gradient(layers: list[_Layer], gain_OB: Tensor, std_O: Tensor) -> l
     fitness = flatten(_score(layers, gain_OB))
     precision_O1 = std_O.square().reciprocal()[:, None]
     squares = [(layer.responses.square() * precision_O1).sum((0, 1)) @ layer.inputs.square().sum(0) for layer in layers]
-    damping = _DAMPING * float(torch.stack(squares).sum()) / gain_OB.shape[1] / len(fitness)
-    if damping == 0 or not fitness.any():
+    shift = damping * float(torch.stack(squares).sum()) / gain_OB.shape[1] / len(fitness)
+    if shift == 0 or not fitness.any():
         return split(torch.zeros_like(fitness))
 
     def product(flat: Tensor) -> Tensor:
-        return flatten(_score(layers, _combined(layers, split(flat)) * precision_O1)).add_(flat, alpha=damping)
+        return flatten(_score(layers, _combined(layers, split(flat)) * precision_O1)).add_(flat, alpha=shift)
 
     return split(_conjugate_gradients(product, fitness))
 

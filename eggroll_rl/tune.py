@@ -44,6 +44,7 @@ SPACES: dict[str, dict[str, Any]] = {
         "gamma": [0.97, 0.98, 0.99, 0.995],
         "gae_lambda": [0.9, 0.95, 0.98],
         "sample_reuse": [0, 1, 2],
+        "damping": [0.1, 1.0, 10.0],
     },
 }
 

@@ -15,7 +15,7 @@ from eggroll_rl.surrogate import Improvement, Recorded, improve
 
 STD = 0.3
 STDS = np.array([0.1, 0.3, 0.9])
-ONCE = Improvement(n_epochs=1, batch_size=10_000, sample_reuse=0, target_kl=0.01, clip_range=0.2)
+ONCE = Improvement(n_epochs=1, batch_size=10_000, sample_reuse=0, target_kl=0.01, clip_range=0.2, damping=0.1)
 
 
 def linear(n_in=5, n_out=3, population_size=200, **settings):
@@ -49,14 +49,13 @@ def test_one_update_of_a_linear_policy_is_its_natural_gradient(monkeypatch):
 
     Each output has a noise of its own. The logarithms of its deviations go a tenth of their way.
     """
-    monkeypatch.setattr(surrogate, "_DAMPING", 1e-7)
     monkeypatch.setattr(surrogate, "_CG_STEPS", 60)
     es = linear()
     recorded, before = samples(es, std=STDS), weights(es)
     noise = (recorded.outputs - es.module(recorded.features)).detach().double()
     x, gain = recorded.features.double(), shaped(recorded)[:, None]
     expected = torch.linalg.solve(x.T @ x, x.T @ (gain * noise)).T.flatten()
-    metrics, std, _ = improve(es, recorded, [], ONCE)
+    metrics, std, _ = improve(es, recorded, [], replace(ONCE, damping=1e-7))
     step = (weights(es) - before).double()
     assert torch.cosine_similarity(step, expected, dim=0) > 0.9999
     log_std_step = torch.from_numpy(np.log(std / STDS))
@@ -106,7 +105,7 @@ def test_a_population_as_large_as_the_layers_knows_the_whole_gradient(monkeypatc
     gradient = torch.einsum("bok,bo->k", jacobian_BOK, gain_BO) / n_samples
     whitened_BOK = jacobian_BOK / torch.from_numpy(STDS)[:, None]
     fisher = torch.einsum("bok,bol->kl", whitened_BOK, whitened_BOK) / n_samples
-    damping = surrogate._DAMPING * fisher.diagonal().mean()
+    damping = ONCE.damping * fisher.diagonal().mean()
     expected = torch.linalg.solve(fisher + damping * torch.eye(len(fisher)), gradient)
     improve(es, recorded, [], ONCE)
     assert torch.cosine_similarity((weights(es) - before).double(), expected, dim=0) > 0.999
@@ -136,7 +135,7 @@ def test_weights_by_hand():
     """One sample with input 1 and members 1 and 2: K = [[1, 2], [2, 4]], F = 3 · [1, 2], damping 0.1 of 2.5."""
     responses = torch.tensor([[[1.0]], [[2.0]]])
     layer = surrogate._Layer(nn.Linear(1, 2, bias=False), torch.ones(1, 1), torch.eye(2), responses)
-    (found,) = surrogate._natural_gradient([layer], torch.tensor([[3.0]]), torch.ones(1))
+    (found,) = surrogate._natural_gradient([layer], torch.tensor([[3.0]]), torch.ones(1), damping=0.1)
     gram = np.array([[1.0, 2.0], [2.0, 4.0]])
     expected = np.linalg.solve(gram + 0.25 * np.eye(2), [3.0, 6.0])
     assert found.flatten().numpy() == pytest.approx(expected, rel=1e-5)
@@ -187,11 +186,10 @@ def test_samples_that_have_moved_far_enough_count_no_more():
 
 def test_samples_of_earlier_generations_count_by_their_likelihood(monkeypatch):
     """The gradient of the truncated, importance-weighted surrogate over both generations' samples, and nothing else."""
-    monkeypatch.setattr(surrogate, "_DAMPING", 1e-7)
     monkeypatch.setattr(surrogate, "_CG_STEPS", 60)
     es = linear()
     past = samples(es, n=300, std=STDS)
-    settings = replace(ONCE, target_kl=1.0)
+    settings = replace(ONCE, target_kl=1.0, damping=1e-7)
     _, std, kept = improve(es, past, [], settings)
     assert torch.equal(kept.features, past.features) and torch.equal(kept.outputs, past.outputs)
     new, before = samples(es, n=200, std=std), weights(es)

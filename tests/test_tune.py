@@ -139,7 +139,7 @@ def test_a_point_of_the_segments_space_becomes_settings():
     base = {"fitness": "segment", "policy_kwargs": {"net_arch": [16]}, "target_kl": "lin_0.5", "gamma": 0.99}
     assert _start(base, SPACES["segment"]) == {
         "exploration_std": 0.4, "target_kl": 0.5, "schedule": "linear", "network": "16", "n_segments": 32,
-        "segment_steps": 64, "gamma": 0.99, "gae_lambda": 0.95, "sample_reuse": 0,
+        "segment_steps": 64, "gamma": 0.99, "gae_lambda": 0.95, "sample_reuse": 0, "damping": 0.1,
     }  # fmt: skip
     chosen = {"exploration_std": 0.3, "target_kl": 0.2, "schedule": "linear", "network": "8", "n_segments": 64}
     assert _settings(base, chosen) == {
