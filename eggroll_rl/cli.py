@@ -81,7 +81,7 @@ def _load(model: Path, best: bool, **options: Any) -> Any:
     type=click.Path(path_type=Path),
     help="Run folder. [default: agents/ENV/eggroll-seedSEED]",
 )
-@click.option("--fitness", help="episode: whole episodes; segment: a few thousand env steps per update (MuJoCo tasks).")
+@click.option("--fitness", help="episode: whole episodes; segment: a few thousand env steps per update.")
 @click.option("--population-size", type=int, help="Members per generation, even.")
 @click.option("--sigma", type=_Number(), help="Noise scale of episodes; lin_X falls from X to 0.")
 @click.option("--rank", type=int, help="Rank of a weight's perturbation.")

@@ -25,7 +25,7 @@ from eggroll_rl.fitness import FitnessShaping
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
 from eggroll_rl.rollout import Generation
-from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, make_scorer
+from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, check_segment_steps, make_scorer
 from eggroll_rl.settings import check_settings, find_optimizer, make_schedule
 from eggroll_rl.surrogate import Improvement, check_network
 from eggroll_rl.vec_env import VecEnvEvaluator
@@ -42,7 +42,7 @@ class EGGROLL(BaseAlgorithm):
     population is evaluated on these recorded states, by forward passes alone (:mod:`eggroll_rl.surrogate`). A
     generation is then a few thousand env steps. The policy learns by evolution alone, the critic by gradient descent.
     Simulations of Gymnasium's MuJoCo v5 tasks go on from generation to generation. The state of any other env cannot be
-    copied: there each segment begins with a new episode, and ``segment_steps`` should be about as many as it has.
+    copied: there each segment begins with a new episode, and ``segment_steps`` has to be at least its time limit.
 
     An env given by id, ``EnvSpec`` or function is rebuilt where it is needed (*native* mode): results are the
     same to the bit for any number of workers. A ready-made env or ``VecEnv`` is stepped as it is, in this
@@ -226,6 +226,9 @@ class EGGROLL(BaseAlgorithm):
         if time_limit(made) is None and self.max_episode_steps is not None:
             made = training()  # the cap is for training only, unless nothing else ends an episode
         check_time_limit(made)
+        if self.fitness == "segment":
+            limits = [limit for limit in (time_limit(made), self.max_episode_steps) if limit is not None]
+            check_segment_steps(training, min(limits, default=None), self.segment_steps)
         return made, training
 
     def set_env(

@@ -108,6 +108,11 @@ class EnvFactory:
         """Name the vector env that :meth:`vector` makes, for the log."""
         return "SerialVectorEnv" if self._vector_task() is None else "MujocoVectorEnv"
 
+    @property
+    def copies_states(self) -> bool:
+        """Whether simulations of :meth:`vector` can be put into each other's states."""
+        return self._vector_task() is not None
+
     def _vector_task(self) -> type[MujocoVectorEnv] | None:
         return vector_task(self.source) if isinstance(self.source, EnvSpec) and not self.wrappers else None
 

@@ -34,7 +34,8 @@ _MOMENTS_BLOCK = 32  # steps whose observations are added to the moments at once
 class Anchors:
     """Where each simulation of a generation starts its segment.
 
-    :param states: (N, S), of ``MujocoVectorEnv.get_states``; without meaning where a new episode starts
+    :param states: (N, S), of ``MujocoVectorEnv.get_states``; without meaning where a new episode starts. S is 0 where
+        states cannot be copied
     :param ages: (N,) env steps that count for the time limit
     :param new: (N,) whether a new episode starts. It may have an age: then the time limit cuts it short
     """

@@ -82,8 +82,8 @@ class _Kept:
 class SegmentScorer:
     """Turns segments into advantages by a critic, and the advantages into an update by the population.
 
-    Simulations go on where they were. Advantages are the critic's before it learns from the generation, which it does
-    in a thread of its own while the population is evaluated.
+    Simulations go on where they were, if their states can be copied. Advantages are the critic's before it learns from
+    the generation, which it does in a thread of its own while the population is evaluated.
 
     :param n_segments: simulations N
     :param state_size: S; 0 where states cannot be copied, and each segment begins a new episode
@@ -143,7 +143,7 @@ class SegmentScorer:
 
     def _episodes(self, results: list[SegmentResult]) -> tuple[Infos, np.ndarray, np.ndarray]:
         """Return the infos, and returns (N,) and lengths (N,) of the episodes that still run."""
-        rewards_TN, ended_TN = _joined(results, "rewards"), _ended(results)
+        rewards_TN, ended_TN, successes_TN = _joined(results, "rewards"), _ended(results), _joined(results, "successes")
         returns, lengths, infos = self._kept.returns.copy(), self._kept.lengths.copy(), Infos()
         n_steps = len(rewards_TN)
         for n in range(len(returns)):
@@ -151,7 +151,10 @@ class SegmentScorer:
             for end in (np.flatnonzero(ended_TN[:, n]) + 1).tolist():
                 returns[n] += rewards_TN[start:end, n].sum()
                 if not math.isnan(returns[n]):
-                    infos[n * n_steps + end] = {"episode": {"r": float(returns[n]), "l": int(lengths[n] + end - start)}}
+                    success = successes_TN[end - 1, n]
+                    known = {} if math.isnan(success) else {"is_success": bool(success)}
+                    episode = {"r": float(returns[n]), "l": int(lengths[n] + end - start)}
+                    infos[n * n_steps + end] = {"episode": episode, **known}
                 returns[n], lengths[n], start = 0.0, 0, end
             returns[n] += rewards_TN[start:, n].sum()
             lengths[n] += n_steps - start
@@ -179,7 +182,8 @@ class SegmentScorer:
             recorded = Recorded(
                 features_BI.to(device), outputs_BO.to(device), advantages_TN.ravel(), self.exploration_std
             )
-            earlier = tuple(Samples(*(part.to(device) for part in samples)) for samples in self._kept.earlier)
+            kept = self._kept.earlier[: improvement.sample_reuse]
+            earlier = tuple(Samples(*(part.to(device) for part in samples)) for samples in kept)
             metrics, std, samples = improve(es, recorded, earlier, improvement, learning)
             self._kept = replace(moved_on, std=std, earlier=(samples, *earlier)[: improvement.sample_reuse])
         variance = targets_TN.var()
@@ -259,6 +263,19 @@ class SegmentScorer:
             self._kept = replace(self._kept, anchors=anchors, returns=returns, lengths=lengths)
 
 
+def check_segment_steps(factory: EnvFactory, limit: int | None, segment_steps: int) -> None:
+    """Refuse segments that end before an episode can, where each begins with a new one.
+
+    :param limit: env steps of an episode in training, or None
+    """
+    if not factory.copies_states and limit is not None and segment_steps < limit:
+        raise ConfigError(
+            f"segment_steps must be at least {limit}, the time limit, got {segment_steps}: each segment of this env "
+            "begins with a new episode, and what comes later would never be seen (max_episode_steps lowers the limit "
+            "in training)"
+        )
+
+
 def check_env(fitness: str, factory: EnvFactory | None) -> None:
     """Refuse segments of a ready-made env.
 
@@ -282,10 +299,11 @@ def make_scorer(
         return EpisodeScorer()
     assert factory is not None
     state_size, time_limit = 0, None
-    envs = factory.vector(2)
-    if isinstance(envs, MujocoVectorEnv):
+    if factory.copies_states:
+        envs = factory.vector(2)
+        assert isinstance(envs, MujocoVectorEnv)
         state_size, time_limit = envs.get_states()[0].shape[1], envs.max_episode_steps
-    envs.close()
+        envs.close()
     with torch.no_grad():
         zeros = torch.zeros(1, policy.n_inputs, dtype=torch.float64, device=policy.device)
         n_features = policy.features(zeros).shape[1]

@@ -8,6 +8,7 @@ as in :mod:`eggroll_rl.rollout`.
 Shapes: T steps, N simulations of the slice, padding included, I inputs, O outputs, D ends, S a simulation's state.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class SegmentResult:
     :param rewards: (T, N)
     :param terminated: (T, N) the task ended the episode at this step
     :param truncated: (T, N) the time limit did
+    :param successes: (T, N) 1 or 0 where the info at the end of an episode says ``is_success``, else NaN
     :param final_features: (D, I) the network's inputs for the states in which episodes ended, in the order of
         ``np.argwhere(terminated | truncated)``
     :param states: (N, S) at the end; S is 0 where states cannot be copied
@@ -51,6 +53,7 @@ class SegmentResult:
     rewards: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
+    successes: np.ndarray
     final_features: np.ndarray
     states: np.ndarray
     ages: np.ndarray
@@ -120,6 +123,7 @@ def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs:
     obs_TNI = np.empty((n_steps, size, policy.n_inputs))
     rewards_TN = np.zeros((n_steps, size))
     terminated_TN, truncated_TN = np.zeros((2, n_steps, size), dtype=bool)
+    successes_TN = np.full((n_steps, size), np.nan)
     with seeded_globals(noise, first), _sub_env_errors_as(episode_error):
         if isinstance(envs, MujocoVectorEnv):
             obs = envs.set_states(real_N & ~new_N, states_NS, age_N)
@@ -145,6 +149,7 @@ def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs:
                 raise episode_error(int(np.flatnonzero(infos["diverged"])[0]), DIVERGED)
             ended_N = terminated_TN[t] | truncated_TN[t]
             if ended_N.any():
+                successes_TN[t] = np.where(infos.get("_is_success", False), infos.get("is_success", math.nan), math.nan)
                 final.append(actor.features(actor.encode(obs))[ended_N])
                 if t < n_steps - 1:  # else the next generation resets
                     obs = reset(ended_N)
@@ -161,6 +166,7 @@ def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs:
         rewards_TN[:, :n_real],
         terminated_TN[:, :n_real],
         (truncated_TN & ~terminated_TN)[:, :n_real],
+        successes_TN[:, :n_real],
         np.concatenate([*final, np.empty((0, n_features), dtype=np.float32)]),
         states_NS[:n_real],
         age_N[:n_real],

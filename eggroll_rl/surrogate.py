@@ -8,7 +8,8 @@ there, to first order, in the surrogate of PPO (Schulman et al., arXiv 1707.0634
 
 r_b is the likelihood of a_b now over that at the generation's start, and samples that the clipping has settled count as
 0. Samples of the generations before are used again (as in GePPO, Queeney et al., arXiv 2111.00072): v_b is the
-likelihood at the start over that when the sample was recorded, truncated (Ionides 2008).
+likelihood at the start over that when the sample was recorded, truncated (Ionides 2008). Its observation stays as the
+normalizer of its time saw it, which is an approximation while the normalizer still moves.
 
 A member perturbs one layer by a bᵀ (EGGROLL, rank 1). A sample whose input to that layer is h sees the layer's output
 move by a <b, h>: all that b does is to say how far. So one forward pass along a, through the slopes of the activations
@@ -128,6 +129,7 @@ def check_network(network: nn.Module) -> None:
             f"got {type(network).__name__}; use fitness='episode' for this one"
         )
     seen: set[int] = set()
+    width = next((layer.in_features for layer in network if isinstance(layer, nn.Linear)), 1)
     for index, layer in enumerate(network):  # named_children() would leave out one that stands twice
         own = list(layer.parameters())
         faults = {
@@ -135,7 +137,7 @@ def check_network(network: nn.Module) -> None:
             "has frozen parameters": not all(parameter.requires_grad for parameter in own),
             "shares parameters with another layer": not seen.isdisjoint(map(id, own)),
             "works in place": getattr(layer, "inplace", False),
-            "does not work on each number by itself": not own and not _is_elementwise(layer),
+            "does not work on each number by itself": not own and not _works_on_each_number(layer, width),
         }
         for fault, found in faults.items():
             if found:
@@ -144,11 +146,12 @@ def check_network(network: nn.Module) -> None:
                     "use fitness='episode' for this one"
                 )
         seen.update(map(id, own))
+        width = getattr(layer, "out_features", width)
 
 
 @torch.no_grad()
-def _is_elementwise(layer: nn.Module) -> bool:
-    probe = torch.linspace(-1, 1, 6).view(1, 6)
+def _works_on_each_number(layer: nn.Module, width: int) -> bool:
+    probe = torch.linspace(-1, 1, width)[None]
     moved = probe.clone()
     moved[0, 0] += 0.5
     try:
@@ -200,15 +203,21 @@ def _improve(
 ) -> tuple[dict[str, float], np.ndarray, Samples]:
     network, n_recorded = es.module, len(recorded.features)
     assert isinstance(network, nn.Sequential)
-    old_mean_BO = network(recorded.features)
-    old_log_std_O = torch.from_numpy(recorded.std).to(old_mean_BO).log()
+    # One pass over a copy of all samples: BLAS may round differently where they happen to lie in memory.
+    features_BI = torch.cat([recorded.features, *(past.features for past in earlier)])
+    outputs_BO = torch.cat([recorded.outputs, *(past.outputs for past in earlier)])
+    mean_BO = network(features_BI)
+    old_mean_BO = mean_BO[:n_recorded]
+    old_log_std_O = torch.from_numpy(recorded.std).to(mean_BO).log()
     log_std_O = old_log_std_O.clone()
-    advantages = torch.from_numpy(_standardized(recorded.advantages)).to(old_mean_BO)
-    likelihood = _log_likelihood(recorded.outputs, old_mean_BO, old_log_std_O)
-    new = Samples(recorded.features, recorded.outputs, advantages, likelihood)
-    at_start = [likelihood, *(_log_likelihood(past.outputs, network(past.features), old_log_std_O) for past in earlier)]
-    start_B = torch.cat(at_start)
-    samples = Samples(*(torch.cat(parts) for parts in zip(new, *earlier, strict=True)))
+    start_B = _log_likelihood(outputs_BO, mean_BO, old_log_std_O)
+    advantages = torch.from_numpy(_standardized(recorded.advantages)).to(mean_BO)
+    new = Samples(recorded.features, recorded.outputs, advantages, start_B[:n_recorded].clone())
+    samples = Samples(
+        features_BI, outputs_BO,
+        torch.cat([advantages, *(past.advantages for past in earlier)]),
+        torch.cat([new.log_likelihood, *(past.log_likelihood for past in earlier)]),
+    )  # fmt: skip
     gain_B = samples.advantages * (start_B - samples.log_likelihood).exp().clamp(max=_MAX_WEIGHT)
     n_batches = max(1, round(n_recorded / settings.batch_size))
     step_kl = settings.target_kl / (n_batches * settings.n_epochs) ** 2  # in one direction, deviations add up
@@ -237,7 +246,7 @@ def _improve(
             length = float((step_kl / kl).sqrt()) if kl > 0 else 0.0
             _move(layers, weights, length)
             log_std_O = torch.maximum(log_std_O + length * log_std_step_O, log_std_O.clamp(max=math.log(_LEAST_STD)))
-    moved_BO = (network(recorded.features) - old_mean_BO) / old_log_std_O.exp()
+    moved_BO = (network(features_BI[:n_recorded]) - old_mean_BO) / old_log_std_O.exp()
     kl = moved_BO.square().sum(1).mean() / 2 + (log_std_O - old_log_std_O).square().sum()
     metrics = {"kl": kl.item(), "clip_fraction": clipped / len(start_B)}
     return metrics, log_std_O.exp().double().cpu().numpy(), new

@@ -4,6 +4,7 @@ The study is a journal in the output folder: the same command goes on where it s
 """
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -91,7 +92,7 @@ def tune(search: Search, n_trials: int, folder: Path) -> dict[str, Any]:
     config = RunConfig.from_dict(preset, search.env)
     factory = config.factory(search.rules.gym_packages)
     base = _base(settings_of(preset, "eggroll", factory().observation_space), search.fitness)
-    space = _space(search.fitness, preset.get("tune", {}), f"{search.env} [tune]")
+    space = _space(search.fitness, preset.get("tune", {}), f"{search.env} [tune]", factory.copies_states)
     torch.set_num_threads(search.rules.torch_threads)
     import_everything("eggroll")
     _close(build("eggroll", base, replace(config), factory, search.rules.n_cores))  # refuses what cannot be, at once
@@ -161,19 +162,23 @@ def _base(settings: dict[str, Any], fitness: str) -> dict[str, Any]:
     return {**settings, "fitness": fitness}
 
 
-def _space(fitness: str, own: Any, where: str) -> dict[str, Any]:
+def _space(fitness: str, own: Any, where: str, copies_states: bool = True) -> dict[str, Any]:
     known = {**SPACES["episode"], **SPACES["segment"]}
     check_names(own, list(known), where)
     space = {name: own.get(name, values) for name, values in SPACES[fitness].items()}
+    if not copies_states and "segment_steps" not in own:
+        space.pop("segment_steps", None)  # episodes of another env have to fit into it: the preset knows
     for name, values in space.items():
+        least = 0 if name == "sample_reuse" else math.ulp(0)
         if isinstance(known[name], dict):
             _check_range(f"{where} {name}", values)
         elif not isinstance(values, list) or not values:
             raise ConfigError(f"{where} {name} must be a list of choices, got {values!r}")
         elif isinstance(known[name][0], str) and not set(values) <= set(known[name]):
             raise ConfigError(f"{where} {name} must be some of {', '.join(known[name])}, got {values!r}")
-        elif not isinstance(known[name][0], str) and not all(isinstance(v, int | float) and v > 0 for v in values):
-            raise ConfigError(f"{where} {name} must be a list of numbers above 0, got {values!r}")
+        elif not isinstance(known[name][0], str) and not all(isinstance(v, int | float) and v >= least for v in values):
+            kind = "0 or more" if least == 0 else "above 0"
+            raise ConfigError(f"{where} {name} must be a list of numbers {kind}, got {values!r}")
     return space
 
 

@@ -11,7 +11,8 @@ from eggroll_rl import EGGROLL
 
 total_timesteps = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
 
-settings = dict(fitness="segment", exploration_std=0.37, target_kl="lin_0.4", gamma=0.98, gae_lambda=0.92)  # the preset
+settings = dict(fitness="segment", exploration_std=0.37, target_kl="lin_0.4", sample_reuse=2, population_size=8)
+settings |= dict(gamma=0.98, gae_lambda=0.92)  # all as in the preset
 model = EGGROLL("MlpPolicy", "HalfCheetah-v5", seed=0, verbose=1, **settings)
 model.learn(total_timesteps, progress_bar=True)
 model.save("halfcheetah")

@@ -117,6 +117,20 @@ def test_a_trial_that_was_cut_runs_again(search, tmp_path, monkeypatch):
     assert {**cut, "trial": "1", "value": again["value"]} == again
 
 
+def test_the_spaces_are_what_a_table_may_say():
+    for fitness, space in SPACES.items():
+        assert _space(fitness, {}, "x") == space == _space(fitness, space, "x")
+    anywhere = _space("segment", {}, "x", copies_states=False)
+    assert SPACES["segment"].keys() - anywhere.keys() == {"segment_steps"}
+
+
+def test_segments_are_searched_on_any_env(search, tmp_path):
+    """With the preset's own segments, which have to be as long as its episodes: refused at once if they are not."""
+    with pytest.raises(ConfigError, match="segment_steps must be at least .*, the time limit, got 64"):
+        tune(replace(search, fitness="segment"), 1, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_point_of_the_space_becomes_settings():
     policy_kwargs = {"net_arch": [32], "squash_output": True}
     base = {"fitness": "episode", "policy_kwargs": policy_kwargs, "learning_rate": 0.01}
