@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks, replay
 from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, time_limit
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.es import EvolutionStrategy, check_positive
+from eggroll_rl.es import EvolutionStrategy, check_positive, one_thread
 from eggroll_rl.fitness import FitnessShaping
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
@@ -307,7 +307,8 @@ class EGGROLL(BaseAlgorithm):
         if self.noise_seed is None:
             self.noise_seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
         # The initial policy follows from noise_seed, and the global generators stay as SB3's contract has them.
-        with torch.random.fork_rng(devices=[]):
+        # One thread, as the orthogonal weights come from a QR decomposition, whose last bits depend on their number.
+        with one_thread(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.noise_seed % 2**63)
             try:
                 policy = self.policy_class(self.observation_space, self.action_space, **self.policy_kwargs)

@@ -455,3 +455,16 @@ def test_unknown_names_are_answered_with_near_ones():
         EGGROLL("CnnPolicy", "CartPole-v1")
     with pytest.raises(ConfigError, match="unknown env 'HalfCheeta-v5'; did you mean HalfCheetah-v5"):
         make("HalfCheeta-v5")
+
+
+def test_the_first_policy_does_not_depend_on_the_number_of_threads():
+    def weights(threads):
+        torch.set_num_threads(threads)
+        model = EGGROLL("MlpPolicy", "Pendulum-v1", seed=0, n_workers=0, policy_kwargs={"net_arch": [64, 64]})
+        return torch.cat([parameter.detach().flatten() for parameter in model.policy.network.parameters()])
+
+    threads = torch.get_num_threads()
+    try:
+        assert torch.equal(weights(1), weights(2))
+    finally:
+        torch.set_num_threads(threads)

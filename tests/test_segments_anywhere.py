@@ -86,7 +86,7 @@ def test_a_run_of_pendulum_goes_on_to_the_bit(tmp_path):
 
 def test_cart_pole_is_learned_with_noise_on_the_scores_of_its_actions():
     model = made("CartPole-v1", n_segments=8, segment_steps=256, max_episode_steps=256, slice_size=8, gamma=0.98)
-    model.learn(40_000, log_interval=None)
+    model.learn(60_000, log_interval=None)
     found = evaluate(
         batched(lambda obs: model.predict(obs, deterministic=True)[0]), env_factory("CartPole-v1"), range(10)
     )
