@@ -67,7 +67,8 @@ def batched(predict: Predict) -> Predict:
     """Call ``predict`` with a constant number of rows, padded.
 
     Floating point rounds differently for another batch, and MuJoCo makes another episode of it: this way the
-    episode of a seed is the same alone, among others, and in a video.
+    episode of a seed is the same alone, among others, and in a video. On AMD's CPUs MKL rounds a small layer's rows
+    differently by their place in the batch too: there it is the same only in the same place.
     """
 
     def constant(obs: np.ndarray) -> np.ndarray:
