@@ -67,7 +67,7 @@ def test_several_agents_side_by_side(steps, shape, tmp_path):
         np.s_[60:500, 500 * i : 500 * (i + 1)] for i in (steps.index(min(steps)) % 2, steps.index(max(steps)) % 2)
     )
     at_the_end = [frame[first].astype(int) for frame in frames[-2:]]
-    assert np.abs(at_the_end[0] - at_the_end[1]).max() < 60
+    assert (np.abs(at_the_end[0] - at_the_end[1]) > 60).mean() < 1e-4  # a few pixels are H.264's
     assert np.abs(frames[-1][longest].astype(int) - frames[-3][longest]).max() > 100
     # Captions: white on dark, and not the same for every tile.
     bars = [frames[0][:44, 500 * i : 500 * (i + 1)].astype(int) for i in range(2)]
