@@ -213,12 +213,9 @@ def _improve(
     start_B = _log_likelihood(outputs_BO, mean_BO, old_log_std_O)
     advantages = torch.from_numpy(_standardized(recorded.advantages)).to(mean_BO)
     new = Samples(recorded.features, recorded.outputs, advantages, start_B[:n_recorded].clone())
-    samples = Samples(
-        features_BI, outputs_BO,
-        torch.cat([advantages, *(past.advantages for past in earlier)]),
-        torch.cat([new.log_likelihood, *(past.log_likelihood for past in earlier)]),
-    )  # fmt: skip
-    gain_B = samples.advantages * (start_B - samples.log_likelihood).exp().clamp(max=_MAX_WEIGHT)
+    advantages_B = torch.cat([advantages, *(past.advantages for past in earlier)])
+    recorded_B = torch.cat([new.log_likelihood, *(past.log_likelihood for past in earlier)])
+    gain_B = advantages_B * (start_B - recorded_B).exp().clamp(max=_MAX_WEIGHT)
     n_batches = max(1, round(n_recorded / settings.batch_size))
     step_kl = settings.target_kl / (n_batches * settings.n_epochs) ** 2  # in one direction, deviations add up
     batches, factors = (
@@ -229,8 +226,8 @@ def _improve(
     for _ in range(settings.n_epochs):
         clipped = 0
         for rows in np.array_split(batches.permutation(len(start_B)), n_batches):
-            features, outputs, advantage, _ = (part[rows] for part in samples)
-            mean, layers = _evaluate(network, features, es.population_size, factors)
+            outputs, advantage = outputs_BO[rows], advantages_B[rows]
+            mean, layers = _evaluate(network, features_BI[rows], es.population_size, factors)
             ratio = (_log_likelihood(outputs, mean, log_std_O) - start_B[rows]).exp()
             settled = torch.where(advantage > 0, ratio - 1, 1 - ratio) > settings.clip_range
             clipped += int(settled.sum())
