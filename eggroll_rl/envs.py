@@ -19,6 +19,7 @@ from gymnasium.envs.registration import EnvSpec, registry
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import TimeLimit
 
+from eggroll_rl.box2d import with_fresh_world
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import check_whole
 from eggroll_rl.mujoco_tasks import vector_task
@@ -73,6 +74,7 @@ class EnvFactory:
                     raise ConfigError(f"the env function must return a gymnasium.Env, got {type(env).__name__}")
                 if self.max_episode_steps is not None:
                     env = TimeLimit(env, self.max_episode_steps)
+        env = with_fresh_world(env)
         for wrapper, wrapper_kwargs in self.wrappers:
             try:
                 env = wrapper(env, **wrapper_kwargs)

@@ -1,4 +1,5 @@
 import gymnasium as gym
+import numpy as np
 import pytest
 import toy
 
@@ -133,3 +134,25 @@ def test_an_env_function_must_return_an_env():
         env_factory(lambda: 3)()
     with pytest.raises(ConfigError, match="must be an id"):
         env_factory(3)
+
+
+@pytest.mark.parametrize("source", ["BipedalWalker-v3", lambda: gym.make("BipedalWalker-v3")])
+def test_an_episode_of_bipedal_walker_does_not_depend_on_those_before(source):
+    """Gymnasium's own does: it keeps its Box2D world."""
+
+    def play(env, seed):
+        generator = np.random.default_rng(seed)
+        observations, ended = [env.reset(seed=seed)[0]], False
+        while not ended and len(observations) < 150:
+            obs, _, ended, _, _ = env.step(generator.uniform(-1, 1, 4).astype(np.float32))
+            observations.append(obs)
+        return np.concatenate(observations)
+
+    def later_differs(make):
+        env = make()
+        for seed in range(7):
+            play(env, seed)
+        return not np.array_equal(play(env, 7), play(make(), 7))
+
+    assert later_differs(lambda: gym.make("BipedalWalker-v3"))
+    assert not later_differs(env_factory(source))

@@ -9,7 +9,7 @@ LAYERS = [
     ["errors", "lowrank", "fitness", "es"],
     ["normalization", "policies", "actor"],
     ["registration", "mujoco_contacts", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
-    ["serial_vector", "envs", "rollout", "segments"],
+    ["serial_vector", "box2d", "envs", "rollout", "segments"],
     ["workers", "vec_env", "sb3_vec_env", "sb3_export"],
     ["critic", "surrogate", "scoring", "settings", "callbacks", "eggroll"],
     ["agents", "config", "evaluation", "training", "videos", "plots"],
