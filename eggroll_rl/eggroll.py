@@ -26,7 +26,7 @@ from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
 from eggroll_rl.rollout import Generation
 from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, check_segment_steps, make_scorer
-from eggroll_rl.settings import check_settings, find_optimizer, make_schedule
+from eggroll_rl.settings import check_given, check_settings, find_optimizer, make_schedule
 from eggroll_rl.surrogate import Improvement, check_network
 from eggroll_rl.vec_env import VecEnvEvaluator
 from eggroll_rl.workers import Evaluator, count_workers, make_evaluator
@@ -53,7 +53,7 @@ class EGGROLL(BaseAlgorithm):
     :param population_size: members per generation, even; not pairs. None is 64. In segments it is per layer and update,
         at most as many as the layer is wide, and None is 16
     :param sigma: noise scale; a number, ``"lin_<number>"`` (linear to 0) or a function of the progress
-        remaining, which falls from 1 to 0. Of episodes alone, without effect on segments
+        remaining, which falls from 1 to 0. Of episodes alone: segments have ``exploration_std``
     :param rank: rank of each weight matrix's perturbation; of segments 1
     :param learning_rate: step size, given as ``sigma`` is; of episodes alone, where segments have ``target_kl``
     :param fitness: ``"episode"`` or ``"segment"``
@@ -173,6 +173,7 @@ class EGGROLL(BaseAlgorithm):
         self.n_workers = n_workers
         self.seed = seed
         self.noise_seed = seed
+        check_given(fitness, {"sigma": sigma, "learning_rate": learning_rate})
         learning_rate = make_schedule("learning_rate", learning_rate)
         self._fill_in()
         check_settings(self)
@@ -185,6 +186,7 @@ class EGGROLL(BaseAlgorithm):
         if made is not None and factory is None and max_episode_steps is not None:
             raise ConfigError("max_episode_steps needs an env given by id or function; this one is already made")
         self._factory = factory
+        self.trained_on = None if factory is None else factory.describe()
         super().__init__(
             policy=policy,
             env=made,
@@ -245,11 +247,12 @@ class EGGROLL(BaseAlgorithm):
         self.n_envs = wrapped.num_envs  # nothing here depends on it, unlike in algorithms with a rollout buffer
         super().set_env(wrapped, force_reset=force_reset)
         self._keep_scorer_state()
-        if self._factory is not None and self._factory != factory:
+        described = None if factory is None else factory.describe()
+        if self.trained_on not in (None, described) or self._factory not in (None, factory):
             # The critic may still be of use; states of another env are not.
             of_env = ("anchors", "earlier")
             self.scorer_state = {name: v for name, v in self.scorer_state.items() if not name.startswith(of_env)}
-        self._factory, self._scorer = factory, None
+        self._factory, self._scorer, self.trained_on = factory, None, described
 
     @classmethod
     def load(cls, path: Any, env: Any = None, device: Any = "cpu", **kwargs: Any) -> Self:  # type: ignore[override]
@@ -260,9 +263,16 @@ class EGGROLL(BaseAlgorithm):
         :param kwargs: further arguments of SB3's ``load``, and settings to change
         """
         env_kwargs = kwargs.pop("env_kwargs", None)
-        if "fitness" in kwargs:  # what suited the other kind does not suit this one
-            kwargs = {"population_size": None, "slice_size": None, **kwargs}
+        if kwargs.keys() & {"fitness", "exploration_std"}:
+            saved = super().load(path, device=device, custom_objects=kwargs.get("custom_objects"))
+            if kwargs.get("fitness", saved.fitness) != saved.fitness:  # what suited the one does not suit the other
+                kwargs = {"population_size": None, "slice_size": None, **kwargs}
+            if (
+                kwargs.get("exploration_std") == saved.exploration_std
+            ):  # where the noise started: it goes on from its own
+                del kwargs["exploration_std"]
         model = super().load(path, env=None, device=device, **kwargs)
+        check_given(model.fitness, kwargs)
         if "exploration_std" in kwargs and "std" in model.scorer_state:
             model.scorer_state["std"].fill_(kwargs["exploration_std"])
         if env is not None:
@@ -424,7 +434,6 @@ class EGGROLL(BaseAlgorithm):
         self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         callback.on_rollout_start()
         results = evaluator.evaluate(self.next_generation())
-        self.num_timesteps += sum(result.idle_steps for result in results)
         if not self._count_steps(results, callback):
             return False
         callback.on_rollout_end()
@@ -473,7 +482,8 @@ class EGGROLL(BaseAlgorithm):
     def _count_steps(self, results: list[Any], callback: BaseCallback) -> bool:
         """Count the steps and fill the episode buffer, replaying them for callbacks that look at steps."""
         now = round(time.time_ns() / 1e9 - self.start_time / 1e9, 6)
-        total = int(sum(result.lengths.sum() for result in results))
+        # Steps in which a ready-made env waited for the others come last: they belong to no member.
+        total = int(sum(result.lengths.sum() + result.idle_steps for result in results))
         ends = self.scorer.ended_episodes(results)
         for info in ends.values():
             info["episode"]["t"] = now

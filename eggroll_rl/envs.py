@@ -1,6 +1,7 @@
 """What to train on: presets from ``envs/``, and functions that build Gymnasium environments."""
 
 import difflib
+import functools
 import importlib
 import random
 import re
@@ -110,6 +111,18 @@ class EnvFactory:
         """Name the vector env that :meth:`vector` makes, for the log."""
         return "SerialVectorEnv" if self._vector_task() is None else "MujocoVectorEnv"
 
+    def describe(self) -> str:
+        """Say which env it is: the same words for the same env, in another process too, as far as names tell."""
+        source: Any = self.source
+        if isinstance(source, EnvSpec):
+            name = f"{source.id} {source.kwargs} {source.max_episode_steps} {source.additional_wrappers}"
+        elif isinstance(source, functools.partial):
+            name = f"{_name(source.func)} {source.args} {source.keywords}"
+        else:
+            name = _name(source)
+        wrappers = [(_name(wrapper), kwargs) for wrapper, kwargs in self.wrappers]
+        return f"{name} {self.kwargs} {wrappers} {self.max_episode_steps} {self.episode_cap}"
+
     @property
     def copies_states(self) -> bool:
         """Whether simulations of :meth:`vector` can be put into each other's states."""
@@ -121,6 +134,11 @@ class EnvFactory:
     def with_cap(self, episode_cap: int | None) -> "EnvFactory":
         """Return this factory with another training cap."""
         return replace(self, episode_cap=episode_cap)
+
+
+def _name(thing: Any) -> str:
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def env_factory(

@@ -64,6 +64,16 @@ def check_settings(model: Any) -> None:
     make_fitness_shaping(model.fitness_shaping, model.best_fraction)
 
 
+def check_given(fitness: str, given: dict[str, Any]) -> None:
+    """Refuse ``sigma`` and ``learning_rate`` of the user's own where they would be ignored."""
+    for name, default in {"sigma": 0.05, "learning_rate": 0.015}.items():
+        if fitness == "segment" and given.get(name, default) != default:
+            raise ConfigError(
+                f"{name} has no effect with fitness='segment', whose noise is exploration_std and whose steps are as "
+                f"long as target_kl says, got {given[name]!r}"
+            )
+
+
 def _check_segments(model: Any) -> None:
     if model.fitness not in ("episode", "segment"):
         raise ConfigError(f"fitness must be 'episode' or 'segment', got {model.fitness!r}")

@@ -437,7 +437,12 @@ def test_another_env_takes_the_critic_and_starts_new_episodes(tmp_path):
     assert model.scorer.anchors.new.all()
     assert torch.equal(model.scorer.state_dict()["critic.head.weight"], critic)
     assert not model.scorer._kept.earlier  # samples of another task
+    model.learn(100, log_interval=None)
     model.save(tmp_path / "model")
+    same = EGGROLL.load(tmp_path / "model", env="Hopper-v5", env_kwargs={"healthy_z_range": (0.9, 9.0)})
+    assert not same.scorer.anchors.new.all() and same.scorer._kept.earlier
+    other = EGGROLL.load(tmp_path / "model", env="Hopper-v5")
+    assert other.scorer.anchors.new.all() and not other.scorer._kept.earlier
     more = EGGROLL.load(tmp_path / "model", env="Hopper-v5", n_segments=20)
     more.learn(1, log_interval=None, reset_num_timesteps=False)
     assert len(more.scorer.anchors.ages) == 20 and more.num_timesteps > model.num_timesteps
@@ -447,7 +452,7 @@ def test_another_env_takes_the_critic_and_starts_new_episodes(tmp_path):
 
 
 def test_what_was_left_open_follows_fitness(tmp_path):
-    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0)
+    model = EGGROLL("MlpPolicy", "Hopper-v5", seed=0, n_workers=0, sigma=0.02)
     assert (model.population_size, model.slice_size, model.n_rows) == (64, 32, 64)
     model.fitness_shaping = None  # as saved by versions in which that was the default
     model.save(tmp_path / "model")
@@ -504,6 +509,8 @@ def test_a_schedule_that_leaves_its_range_is_named():
         ("Hopper-v5", {"clip_range": "lim_1"}, "clip_range must be a number above 0 or 'lin_<number>'"),
         ("Hopper-v5", {"fitness_shaping": "standardize"}, "fitness_shaping has no effect with .* natural gradient"),
         ("Hopper-v5", {"optimizer": "SGD"}, "optimizer has no effect with"),
+        ("Hopper-v5", {"sigma": 0.1}, "sigma has no effect with .* exploration_std .* got 0.1"),
+        ("Hopper-v5", {"learning_rate": "lin_0.015"}, "learning_rate has no effect with .* target_kl"),
         ("Hopper-v5", {"max_grad_norm": 1.0}, "max_grad_norm has no effect with .* got 1.0"),
         ("Hopper-v5", {"rank": 2}, "rank has no effect with .* members have rank 1 .* got 2"),
     ],
