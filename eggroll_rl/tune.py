@@ -101,7 +101,7 @@ def tune(search: Search, n_trials: int, folder: Path) -> dict[str, Any]:
         study = _open(search, base, space, folder)
         while _n_done(study) < n_trials:
             trial = study.ask()
-            settings = _settings(base, {name: _suggest(trial, name, space[name]) for name in space})
+            settings = settings_at(base, {name: suggest(trial, name, space[name]) for name in space})
             print(f"trial {trial.number}: {trial.params}", file=sys.stderr)
             try:
                 study.tell(trial, _value(trial, search, settings, config, factory))
@@ -191,7 +191,8 @@ def _check_range(name: str, values: Any) -> None:
         raise ConfigError(f"{name}: low must not be above high, got {values!r}")
 
 
-def _suggest(trial: Any, name: str, values: Any) -> Any:
+def suggest(trial: Any, name: str, values: Any) -> Any:
+    """Ask an Optuna trial for a setting of :data:`SPACES`."""
     if isinstance(values, list):
         return trial.suggest_categorical(name, values)
     return trial.suggest_float(name, values["low"], values["high"], log=True)
@@ -222,7 +223,7 @@ def _lies_in(value: Any, values: Any) -> bool:
     return isinstance(value, int | float) and values["low"] <= value <= values["high"]
 
 
-def _settings(base: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+def settings_at(base: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     """Turn a point of the space into EGGROLL's settings."""
     chosen = dict(chosen)
     network, schedule = chosen.pop("network"), chosen.pop("schedule", None)
@@ -299,7 +300,7 @@ def _write(study: Any, search: Search, base: dict[str, Any], folder: Path) -> di
     if not complete:
         return {}
     best = max(complete, key=lambda trial: trial.value)
-    settings = _settings(base, best.params)
+    settings = settings_at(base, best.params)
     steps = search.rules.timesteps or max(best.user_attrs["timesteps"], 1)
     # The rest, such as the baselines' settings, is the preset's.
     table = {**load_preset(search.env), "total_timesteps": steps, "eggroll": settings}

@@ -9,7 +9,7 @@ from eggroll_rl.agents import alone_in
 from eggroll_rl.compare_run import Rules
 from eggroll_rl.config import RunConfig
 from eggroll_rl.errors import ConfigError, EpisodeError, RunFolderError
-from eggroll_rl.tune import SPACES, Search, _settings, _space, _start, tune
+from eggroll_rl.tune import SPACES, Search, _space, _start, settings_at, tune
 
 optuna = pytest.importorskip("optuna")
 
@@ -138,7 +138,7 @@ def test_a_point_of_the_space_becomes_settings():
         "population_size": 64, "learning_rate": 0.01, "schedule": "constant", "network": "32", "sigma": 0.05,
     }  # fmt: skip
     chosen = {"population_size": 32, "learning_rate": 0.02, "schedule": "linear", "network": "linear", "sigma": 0.1}
-    assert _settings(base, chosen) == {
+    assert settings_at(base, chosen) == {
         "fitness": "episode",
         "population_size": 32,
         "slice_size": 16,
@@ -156,7 +156,7 @@ def test_a_point_of_the_segments_space_becomes_settings():
         "segment_steps": 64, "gamma": 0.99, "gae_lambda": 0.95, "sample_reuse": 0, "damping": 0.1,
     }  # fmt: skip
     chosen = {"exploration_std": 0.3, "target_kl": 0.2, "schedule": "linear", "network": "8", "n_segments": 64}
-    assert _settings(base, chosen) == {
+    assert settings_at(base, chosen) == {
         **base, "exploration_std": 0.3, "target_kl": "lin_0.2", "n_segments": 64, "slice_size": 32,
         "policy": "MlpPolicy", "policy_kwargs": {"net_arch": [8]},
     }  # fmt: skip
