@@ -1,6 +1,5 @@
 """``eggroll-rl``: train, evaluate, record, watch and compare agents; list what there is; measure throughput."""
 
-import json
 import re
 import shlex
 import sys
@@ -11,6 +10,7 @@ import click
 
 import eggroll_rl
 from eggroll_rl.cli_bench import bench
+from eggroll_rl.cli_models import MODEL_COMMANDS, gym_packages
 from eggroll_rl.errors import ConfigError, ConsentError, EggrollError, RenderError, RunFolderError
 
 _OVERRIDES = {  # flags of `train` that are EGGROLL's own settings
@@ -37,39 +37,6 @@ def cli() -> None:
     """Train Gymnasium agents with low-rank evolution strategies (EGGROLL)."""
 
 
-_gym_packages = click.option(
-    "--gym-packages", multiple=True, metavar="MODULE", help="Import MODULE first, for the envs it registers."
-)
-_model_options = (
-    click.option("--best", is_flag=True, help="The best policy instead of the final one (run folders)."),
-    click.option("--env", "env_id", metavar="ID", help="Env of an SB3 model."),
-    click.option("--algo", metavar="NAME", help="Algorithm of an SB3 model: ppo, sac, ..."),
-    click.option("--trust-pickle", is_flag=True, help="Agree to unpickle an SB3 model, which can run code."),
-    click.option("--vec-normalize", type=click.Path(path_type=Path), help="VecNormalize file of an SB3 model."),
-    _gym_packages,
-)
-
-
-def _takes_a_model(command: Any) -> Any:
-    for option in reversed(_model_options):
-        command = option(command)
-    return click.argument("model", type=click.Path(path_type=Path))(command)
-
-
-def _takes_models(command: Any) -> Any:
-    for option in reversed(_model_options):
-        command = option(command)
-    return click.argument("models", metavar="MODEL...", type=click.Path(path_type=Path), nargs=-1, required=True)(
-        command
-    )
-
-
-def _load(model: Path, best: bool, **options: Any) -> Any:
-    from eggroll_rl.evaluation import load_agent
-
-    return load_agent(model, "best" if best else "policy", **options)
-
-
 @cli.command()
 @click.argument("env")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the whole run.")
@@ -94,9 +61,11 @@ def _load(model: Path, best: bool, **options: Any) -> Any:
 @click.option("--eval-freq", type=int, help="Env steps between evaluations; 0: only at the end. [default: a tenth]")
 @click.option("--eval-episodes", type=int, help="Episodes per evaluation. [default: 10]")
 @click.option("--checkpoint-every", type=int, help="Generations between checkpoints. [default: 10]")
+@click.option("--tensorboard-log", type=click.Path(path_type=Path), help="Folder for TensorBoard's files.")
+@click.option("--track", metavar="PROJECT", help="Log to this project of W&B, too.")
 @click.option("--resume", is_flag=True, help="Continue the run in the output folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
-@_gym_packages
+@gym_packages
 @click.pass_context
 def train(context: click.Context, env: str, output: Path | None, resume: bool, overwrite: bool, **flags: Any) -> None:
     """Train on ENV: a Gymnasium id, module:id, or a preset file.
@@ -109,6 +78,7 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
     from eggroll_rl.training import train as run
 
     packages = named_packages = flags.pop("gym_packages")
+    logs = {name: flags.pop(name) for name in ("tensorboard_log", "track")}
     given = {name: value for name, value in flags.items() if value is not None and _was_given(context, name)}
     if resume:
         if output is None:
@@ -128,7 +98,7 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
     if module and config.env_id == env:  # named on the command line
         packages = (*packages, module)
     try:
-        results = run(config, output, resume, overwrite, packages, progress_bar=sys.stderr.isatty())
+        results = run(config, output, resume, overwrite, packages, progress_bar=sys.stderr.isatty(), **logs)
     except Interrupted as stop:
         named = "".join(f" --gym-packages {package}" for package in named_packages)
         again = f"eggroll-rl train {env} --output {output} --resume{named}"
@@ -166,78 +136,6 @@ def _resumed(config: Any, env: str, given: dict[str, Any]) -> Any:
     if env not in {config.env_id, config.env_id.rpartition(":")[2]} and not env.endswith(".toml"):
         raise ConfigError(f"the run to resume is on {config.env_id}, not on {env}")
     return config
-
-
-@cli.command()
-@_takes_a_model
-@click.option("--n-eval-episodes", type=click.IntRange(min=1), default=20, show_default=True, help="Episodes.")
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Reset seeds SEED, SEED + 1, ..."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(model: Path, n_eval_episodes: int, seed: int, as_json: bool, **options: Any) -> None:
-    """Evaluate MODEL, a run folder or an SB3 .zip, with its deterministic policy."""
-    from eggroll_rl.evaluation import evaluate as run
-
-    agent = _load(model, **options)
-    result = run(agent.predict, agent.factory, range(seed, seed + n_eval_episodes))
-    if as_json:
-        click.echo(json.dumps(result.as_dict(), allow_nan=False))
-    else:
-        click.echo(
-            f"{agent.name}: {result.mean:.2f} ± {result.std:.2f} over {n_eval_episodes} episodes "
-            f"of {sum(result.lengths) / n_eval_episodes:.0f} steps"
-        )
-
-
-@cli.command()
-@_takes_models
-@click.option("--output", "-o", type=click.Path(path_type=Path), help=".mp4 or .gif. [default: videos/ENV-MODEL.mp4]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Reset seed of the episode.")
-@click.option("--plain", is_flag=True, help="No shadows and reflections: ten times faster without a GPU.")
-@click.option("--scale", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Of the picture, or each tile.")
-def record(models: tuple[Path, ...], output: Path | None, seed: int, plain: bool, scale: float, **options: Any) -> None:
-    """Record one episode of each MODEL, a run folder or an SB3 .zip, as a video; several side by side."""
-    from eggroll_rl import videos
-
-    agents = [_load(model, **options) for model in models]
-    if output is None:
-        names = "-".join(agent.name for agent in agents)
-        output = Path("videos") / f"{task_folder(models[0]).name}-{names}.mp4"
-    bar = sys.stderr.isatty()
-    if len(agents) == 1:
-        recordings = [videos.record(agents[0], output, seed, plain, scale, progress_bar=bar)]
-    else:
-        recordings = videos.record_side_by_side(agents, output, seed, plain, scale, progress_bar=bar)
-    for agent, video in zip(agents, recordings, strict=True):
-        click.echo(
-            f"{video.path}: {agent.name}, {video.frames} frames, {video.seconds:.1f} s at {video.fps:g} frames/s, "
-            f"return {video.episode_return:.2f}"
-        )
-
-
-def task_folder(model: Path) -> Path:
-    """Return ``agents/<ENV>`` of a run folder in it or in its ``compare/``."""
-    parent = model.resolve().parent
-    return parent.parent if parent.name == "compare" else parent
-
-
-@cli.command()
-@_takes_a_model
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Reset seed of the first episode.",
-)
-@click.option("--episodes", type=click.IntRange(min=1), help="Stop after so many. [default: Ctrl-C]")
-def enjoy(model: Path, seed: int, episodes: int | None, **options: Any) -> None:
-    """Watch MODEL in a window."""
-    from eggroll_rl.videos import show
-
-    for episode_return in show(_load(model, **options), seed, episodes):
-        click.echo(f"return {episode_return:.2f}")
 
 
 @cli.command("list")
@@ -289,7 +187,7 @@ class _TakesLists(click.Command):
 @click.option("--n-cores", type=int, help="Processes of algorithms that use several. [default: all cores]")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder. [default: agents/ENV]")
 @click.option("--overwrite", is_flag=True, help="Replace runs of other settings that are in the way.")
-@_gym_packages
+@gym_packages
 def compare(
     env: str,
     algos: tuple[str, ...],
@@ -344,7 +242,7 @@ def compare(
 @click.option("--eval-episodes", type=int, default=8, show_default=True, help="Episodes per evaluation.")
 @click.option("--n-cores", type=int, help="Worker processes. [default: all cores]")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder. [default: runs/tune-ENV]")
-@_gym_packages
+@gym_packages
 def tune(
     env: str,
     fitness: str,
@@ -380,6 +278,8 @@ def tune(
 
 
 cli.add_command(bench)
+for command in MODEL_COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -29,9 +29,10 @@ from eggroll_rl.envs import EnvFactory, read_toml
 from eggroll_rl.errors import ConfigError, EggrollError
 from eggroll_rl.es import check_positive, check_whole
 from eggroll_rl.evaluation import batched, evaluate, find_algorithm
+from eggroll_rl.machine import machine, versions
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.sb3_export import export_policy
-from eggroll_rl.training import SELECTION_SEED, machine, versions
+from eggroll_rl.training import SELECTION_SEED
 
 FOREVER = 2**62  # env steps
 

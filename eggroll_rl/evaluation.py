@@ -15,6 +15,7 @@ from eggroll_rl.envs import EnvFactory, check_time_limit, env_factory, read_toml
 from eggroll_rl.errors import ConfigError, ConsentError, EpisodeError, RunFolderError
 from eggroll_rl.es import one_thread
 from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
+from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.serial_vector import DIVERGED, SerialVectorEnv, SubEnvError
 
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -27,11 +28,13 @@ class Agent:
 
     :param predict: observations (n, ...) to actions (n, ...), deterministic, for n up to 32
     :param factory: builds the env it was trained on
+    :param policy: as one of ours, if it is
     """
 
     name: str
     predict: Predict
     factory: EnvFactory
+    policy: MlpPolicy | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def load_agent(
         same = (env.observation_space, env.action_space) == (policy.observation_space, policy.action_space)
     if env_id is not None and not same:
         raise ConfigError(f"{env_id} has other spaces than {path} was trained on")
-    return Agent(path.name, batched(lambda obs: policy.predict(obs)[0]), factory)
+    return Agent(path.name, batched(lambda obs: policy.predict(obs)[0]), factory, policy)
 
 
 def _load_sb3(
@@ -191,7 +194,8 @@ def _load_sb3(
             beside = (path.with_name("vecnormalize.pkl"), path.with_suffix("") / "vecnormalize.pkl")
             vec_normalize = next((candidate for candidate in beside if candidate.exists()), None)
         if vec_normalize is None:
-            return Agent(path.stem, batched(lambda obs: model.predict(obs, deterministic=True)[0]), factory)
+            policy = model.policy if isinstance(model.policy, MlpPolicy) else None
+            return Agent(path.stem, batched(lambda obs: model.predict(obs, deterministic=True)[0]), factory, policy)
         statistics = VecNormalize.load(str(vec_normalize), DummyVecEnv([factory]))
     except Exception as error:  # anything can come out of a pickle
         raise RunFolderError(f"cannot load {path} as {algo}: {type(error).__name__}: {error}") from error

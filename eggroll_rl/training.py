@@ -1,9 +1,7 @@
 """One training run from configuration to run folder: evaluation, checkpoints, signals, resume."""
 
-import importlib.metadata
 import math
 import os
-import platform
 import signal
 import sys
 import threading
@@ -26,7 +24,9 @@ from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory, check_time_limit, read_toml
 from eggroll_rl.errors import ConfigError, RunFolderError
 from eggroll_rl.evaluation import Evaluation, batched, evaluate
-from eggroll_rl.workers import available_cores, count_workers
+from eggroll_rl.machine import machine, versions
+from eggroll_rl.tracking import tracked
+from eggroll_rl.workers import count_workers
 
 # Reset seeds of evaluations: the best policy is chosen on one set and reported on the other. Training draws its
 # seeds from the whole 32-bit range.
@@ -51,10 +51,14 @@ def train(
     overwrite: bool = False,
     gym_packages: tuple[str, ...] = (),
     progress_bar: bool = True,
+    tensorboard_log: Path | None = None,
+    track: str | None = None,
 ) -> dict[str, Any]:
     """Train, and return what ``results.json`` holds.
 
     :param folder: run folder; refused if it exists, unless ``resume`` or ``overwrite``
+    :param tensorboard_log: folder for TensorBoard's files
+    :param track: project of W&B
     :raises ConfigError: a setting is wrong; nothing was written
     :raises RunFolderError: the folder is in the way, or holds nothing to resume
     :raises Interrupted: by SIGINT or SIGTERM, after saving
@@ -64,14 +68,24 @@ def train(
     check_time_limit(factory())  # the training cap does not end an evaluation
     model = config.model(factory)
     config.resolve(model)
-    with agents.alone_in(folder):
-        return _train(config, model, factory, folder, resume, progress_bar)
+    about = {**config.of_the_result(), "total_timesteps": config.total_timesteps}
+    with (
+        agents.alone_in(folder),
+        tracked(model, f"{config.env_id}-{folder.name}", about, tensorboard_log, track) as logging,
+    ):
+        return _train(config, model, factory, folder, resume, progress_bar, 1 if logging else None)
 
 
 def _train(
-    config: RunConfig, model: EGGROLL, factory: EnvFactory, folder: Path, resume: bool, progress_bar: bool
+    config: RunConfig,
+    model: EGGROLL,
+    factory: EnvFactory,
+    folder: Path,
+    resume: bool,
+    progress_bar: bool,
+    log_interval: int | None,
 ) -> dict[str, Any]:
-    recorder = RunRecorder(config, folder, factory)
+    recorder = RunRecorder(config, folder, factory, logs=log_interval is not None)
     recorder.init_callback(model)
     if resume:
         recorder.restore(model)
@@ -84,7 +98,7 @@ def _train(
         with recorder.signals():
             try:
                 model.learn(
-                    remaining, callback=recorder, log_interval=None, reset_num_timesteps=not resume,
+                    remaining, callback=recorder, log_interval=log_interval, reset_num_timesteps=not resume,
                     progress_bar=progress_bar,
                 )  # fmt: skip
             except BaseException:
@@ -98,8 +112,9 @@ def _train(
 class RunRecorder(GenerationCallback):
     """Writes the run folder while :class:`EGGROLL` learns, and turns signals into a clean end."""
 
-    def __init__(self, config: RunConfig, folder: Path, factory: EnvFactory):
+    def __init__(self, config: RunConfig, folder: Path, factory: EnvFactory, logs: bool = False):
         super().__init__()
+        self.logs = logs
         self.config = config
         self.folder = folder
         self.factory = factory
@@ -187,6 +202,9 @@ class RunRecorder(GenerationCallback):
             }
         )
         agents.write_evaluations(self.folder / "evaluations.npz", self.evaluations)
+        if self.logs:
+            self._model.logger.record("eval/mean_reward", result.mean)
+            self._model.logger.dump(self.num_steps)
         if result.mean > best:
             agents.save_policy(self.folder / "best.safetensors", self._model.policy, self._about())
         self._say(
@@ -378,28 +396,3 @@ def _clear(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise RunFolderError(f"cannot write {folder}: {error.strerror}") from error
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def machine() -> dict[str, Any]:
-    """Return what results say of this machine."""
-    return {"platform": platform.platform(), "processor": _processor(), "cores": available_cores()}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide a result."""
-    packages = ("eggroll-rl", "torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "sb3-contrib")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from eggroll_rl import cli
 
@@ -55,6 +57,25 @@ def test_train_evaluate_record_and_list(run, here):
 
     status, out, _ = run("list")
     assert "HalfCheetah-v5" in out and "agents/CartPole-v1/eggroll-seed3" in out
+
+
+def test_export(run, here):
+    assert run("train", "CartPole-v1", *SMALL, "--output", "agent", "--max-episode-steps", "30")[0] == 0
+    status, out, err = run("export", "agent", "--output", "files/policy.pt2")
+    assert status == 0 and "files/policy.pt2" in out, err
+    assert torch.export.load(here / "files" / "policy.pt2").module()(torch.zeros(3, 4)).shape == (3,)
+    status, _, err = run("export", "agent", "--output", "policy.pth")
+    assert status == 2 and "must end in .onnx or .pt2" in err
+
+
+def test_train_logs_to_tensorboard(run, here):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    small = [*SMALL, "--output", "agent", "--max-episode-steps", "30", "--tensorboard-log", "tb", "--eval-freq", "200"]
+    assert run("train", "CartPole-v1", *small)[0] == 0
+    events = accumulator.EventAccumulator(str(here / "tb" / "CartPole-v1-agent")).Reload()
+    steps = [event.step for event in events.Scalars("eval/mean_reward")]
+    assert steps == np.load(here / "agent" / "evaluations.npz")["timesteps"].tolist() and len(steps) >= 3
+    assert len(events.Scalars("rollout/ep_rew_mean")) >= 3
 
 
 def test_resume_and_overwrite(run, here):

@@ -12,10 +12,10 @@ LAYERS = [
     ["serial_vector", "box2d", "envs", "rollout", "segments"],
     ["workers", "vec_env", "sb3_vec_env", "sb3_export"],
     ["critic", "surrogate", "scoring", "settings", "callbacks", "eggroll"],
-    ["agents", "config", "evaluation", "training", "videos", "plots"],
-    ["compare_algorithms", "compare_run", "compare_stats", "compare_report", "compare_plot", "compare", "tune"],
+    ["agents", "config", "evaluation", "export", "tracking", "machine", "training", "videos", "plots"],
+    ["compare_algorithms", "compare_run", "compare_stats", "compare_report", "compare_plot", "compare", "tune", "zoo"],
     ["bench_peers", "bench", "bench_forward", "bench_plot"],
-    ["cli_bench", "cli"],
+    ["cli_bench", "cli_models", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 PACKAGE = Path(__file__).parent.parent / "eggroll_rl"
