@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check format build clean
+.PHONY: demo test test-all check format docs build clean
 
 demo: .venv          ## train HalfCheetah-v5 (two to three minutes on two cores) and record its video
 	$(BIN)/eggroll-rl train HalfCheetah-v5 --output runs/demo --overwrite
@@ -22,6 +22,9 @@ check: .venv         ## format, lint, types
 format: .venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv          ## the site in build/site, without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 build: .venv         ## wheel and sdist in dist/
 	$(BIN)/python -m build --no-isolation

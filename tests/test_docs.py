@@ -1,0 +1,71 @@
+"""What the README and the docs tell people to type: every Python block runs, every command line is understood."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from eggroll_rl.cli import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What a page takes as given.
+GIVEN = {
+    "README.md": """
+import torch
+module, inputs = torch.nn.Linear(3, 2), torch.randn(5, 3)
+fitness, score = torch.randn(256), lambda module: module(inputs).sum().item()
+""",
+}
+# Fewer steps than the page says, for the sake of time.
+FEWER = [(r"learn\([\d_]+", "learn(3_000"), (r"n_eval_episodes=\d+", "n_eval_episodes=1")]
+
+
+def blocks(page, language):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for its, text in found if its == language]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_every_python_block_runs(page, tmp_path):
+    code = "\n".join([GIVEN.get(page.name, ""), *blocks(page, "python")])
+    for found, instead in FEWER:
+        code = re.sub(found, instead, code)
+    code = "import warnings; warnings.filterwarnings('error', module='eggroll_rl')\n" + code
+    script = tmp_path / "page.py"
+    script.write_text(code)
+    warnings = ["-W", "error::ResourceWarning"]
+    done = subprocess.run(
+        [sys.executable, *warnings, script], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ResourceWarning" not in done.stderr
+
+
+def command_lines():
+    for page in PAGES:
+        for block in blocks(page, ""):
+            for line in block.splitlines():
+                if line.startswith("eggroll-rl "):
+                    yield pytest.param(line.partition(" #")[0], id=f"{page.name}: {line.partition(' #')[0].strip()}")
+
+
+@pytest.mark.parametrize("line", list(command_lines()))
+def test_every_command_line_is_understood(line):
+    """Flags, their values and the number of arguments; the commands themselves run in tests of their own."""
+    arguments = shlex.split(line)[1:]
+    command, context = cli, click.Context(cli)
+    while isinstance(command, click.Group):
+        name, command, arguments = command.resolve_command(context, arguments)
+        context = click.Context(command, parent=context)
+    command.make_context(name, arguments)
+
+
+def test_what_a_page_links_to_exists():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
