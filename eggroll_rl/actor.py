@@ -16,6 +16,7 @@ from torch import nn
 
 from eggroll_rl.lowrank import Noise, PerturbedLinear, Population, is_plain_sequence
 from eggroll_rl.normalization import ObsNormalizer
+from eggroll_rl.observations import Observations, as_policies_see, is_plain, map_arrays
 from eggroll_rl.policies import MlpPolicy
 
 Stage = Callable[[np.ndarray], np.ndarray]
@@ -32,16 +33,19 @@ class Actor:
 
     def __init__(self, policy: MlpPolicy, noise: Noise | None, first: int, n_members: int):
         self._policy = policy
-        self._is_flat = isinstance(policy.observation_space, spaces.Box) and _is_plain(policy, "encode")
+        self._is_flat = is_plain(policy.observation_space) and _is_own(policy, "encode")
         network = policy.network if noise is None else Population(policy.network, noise, first, n_members).members
         self._features, self._layers = _features(policy, n_members), _layers(network)
         self._actions = _actions(policy)
 
-    def encode(self, obs: np.ndarray) -> np.ndarray:
-        """Flatten observations (N, ...) to (N, I), as :meth:`MlpPolicy.encode`."""
+    @torch.no_grad()
+    def encode(self, obs: Observations) -> np.ndarray:
+        """Flatten an env's observations (N, ...) to (N, I), as :meth:`MlpPolicy.encode`."""
         if self._is_flat:
+            assert isinstance(obs, np.ndarray)
             return obs.reshape(len(obs), -1)
-        return _in_torch(self._policy.encode)(obs)
+        obs = as_policies_see(obs, self._policy.observation_space)
+        return self._policy.encode(map_arrays(lambda part: torch.from_numpy(part.copy()), obs)).numpy()
 
     def act(self, encoded: np.ndarray) -> np.ndarray:
         """Return the env's actions (N, *action_space.shape), a new array, for encoded observations (N, I)."""
@@ -70,7 +74,7 @@ class Actor:
         return x
 
 
-def _is_plain(policy: MlpPolicy, method: str) -> bool:
+def _is_own(policy: MlpPolicy, method: str) -> bool:
     """Say whether a method is MlpPolicy's own, neither a subclass's nor set on the object."""
     return getattr(getattr(policy, method), "__func__", None) is getattr(MlpPolicy, method)
 
@@ -85,7 +89,7 @@ def _in_torch(forward: Callable[[torch.Tensor], torch.Tensor]) -> Stage:
 
 
 def _features(policy: MlpPolicy, n_members: int) -> Stage:
-    if not _is_plain(policy, "features") or type(policy.normalizer) not in (ObsNormalizer, type(None)):
+    if not _is_own(policy, "features") or type(policy.normalizer) not in (ObsNormalizer, type(None)):
         return _in_torch(policy.features)
     x_NI = np.empty((n_members, policy.n_inputs), dtype=np.float32)
     if policy.normalizer is None:
@@ -158,7 +162,7 @@ def _linear(layer: PerturbedLinear) -> Stage:
 
 
 def _actions(policy: MlpPolicy) -> Stage:
-    if not _is_plain(policy, "actions"):
+    if not _is_own(policy, "actions"):
         return _in_torch(policy.actions)
     space = policy.action_space
     if isinstance(space, spaces.Discrete):

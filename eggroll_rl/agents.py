@@ -32,9 +32,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from eggroll_rl.errors import EggrollError, RunFolderError
-from eggroll_rl.policies import LinearPolicy, MlpPolicy
+from eggroll_rl.policies import POLICIES, MlpPolicy
 
-POLICIES: dict[str, type[MlpPolicy]] = {"MlpPolicy": MlpPolicy, "LinearPolicy": LinearPolicy}
 RUN_FILES = {
     "config.toml", "policy.safetensors", "best.safetensors", "training.safetensors", "progress.csv",
     "evaluations.npz", "results.json",
@@ -168,6 +167,8 @@ def space_to_json(space: spaces.Space) -> dict[str, Any]:
         return {"type": "MultiDiscrete", "nvec": space.nvec.tolist()}
     if isinstance(space, spaces.MultiBinary):
         return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.n)}
+    if isinstance(space, spaces.Dict):
+        return {"type": "Dict", "spaces": {key: space_to_json(part) for key, part in space.spaces.items()}}
     raise TypeError(f"cannot describe {space}")
 
 
@@ -186,6 +187,9 @@ def space_from_json(about: dict[str, Any]) -> spaces.Space:
         return spaces.MultiDiscrete(about["nvec"])
     if kind == "MultiBinary":
         return spaces.MultiBinary(about["n"])
+    if kind == "Dict":
+        # Pairs: of a mapping Gymnasium sorts the keys, and their order is that of the network's inputs.
+        return spaces.Dict([(key, space_from_json(part)) for key, part in about["spaces"].items()])
     raise ValueError(f"unknown space {kind!r}")
 
 

@@ -19,7 +19,7 @@ from eggroll_rl.envs import EnvFactory
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import check_whole
 from eggroll_rl.evaluation import find_algorithm
-from eggroll_rl.policies import find_activation
+from eggroll_rl.policies import default_policy, find_activation
 from eggroll_rl.sb3_vec_env import Sb3VecEnv
 from eggroll_rl.workers import count_workers
 
@@ -119,7 +119,7 @@ def build(algo: str, settings: dict[str, Any], config: RunConfig, factory: EnvFa
             if shape is None:
                 raise ConfigError("noise_std needs continuous actions")
             arguments["action_noise"] = NormalActionNoise(np.zeros(shape), np.full(shape, settings["noise_std"]))
-        policy = arguments.pop("policy", "MlpPolicy")
+        policy = arguments.pop("policy", default_policy(envs.observation_space))
         model: Any = find_algorithm(algo)(policy, envs, seed=config.seed, device="cpu", **_translated(arguments))
     except Exception as error:  # constructors of anybody's
         envs.close()

@@ -234,7 +234,7 @@ def hold(model: Any, timesteps: int = 0, seconds: float = 0.0) -> _Held:
     own, normalizer = copy.deepcopy(model.policy), model.get_vec_normalize_env()
     obs_rms = copy.deepcopy(getattr(normalizer, "obs_rms", None))
 
-    def predict(obs: np.ndarray) -> np.ndarray:
+    def predict(obs: Any) -> np.ndarray:
         if normalizer is not None and normalizer.norm_obs:
             now, normalizer.obs_rms = normalizer.obs_rms, obs_rms
             obs, normalizer.obs_rms = normalizer.normalize_obs(obs), now

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,6 +13,7 @@ from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory, env_factory, resolve_wrappers
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import check_whole
+from eggroll_rl.policies import default_policy
 
 # Constructor arguments that the run itself decides.
 _RESERVED = {
@@ -138,7 +140,10 @@ class RunConfig:
 
     def model(self, factory: EnvFactory) -> EGGROLL:
         """Return the untrained model."""
-        policy = self.eggroll.get("policy", "MlpPolicy")
+        policy = self.eggroll.get("policy")
+        if policy is None:
+            with closing(factory()) as env:
+                policy = default_policy(env.observation_space)
         settings = {name: value for name, value in self.eggroll.items() if name != "policy"}
         return EGGROLL(policy, factory, seed=self.seed, n_workers=self.n_workers, **settings)
 

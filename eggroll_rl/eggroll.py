@@ -23,7 +23,7 @@ from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import EvolutionStrategy, check_positive, one_thread
 from eggroll_rl.fitness import FitnessShaping
 from eggroll_rl.normalization import Moments
-from eggroll_rl.policies import LinearPolicy, MlpPolicy, check_spaces
+from eggroll_rl.policies import POLICIES, MlpPolicy, check_spaces
 from eggroll_rl.rollout import Generation
 from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, check_segment_steps, make_scorer
 from eggroll_rl.settings import check_given, check_settings, find_optimizer, make_schedule
@@ -48,7 +48,8 @@ class EGGROLL(BaseAlgorithm):
     same to the bit for any number of workers. A ready-made env or ``VecEnv`` is stepped as it is, in this
     process (*compatible* mode): it resets by itself and keeps its own seeding, so only the noise is reproducible.
 
-    :param policy: ``"MlpPolicy"``, ``"LinearPolicy"`` or a subclass of :class:`eggroll_rl.policies.MlpPolicy`
+    :param policy: ``"MlpPolicy"``, ``"LinearPolicy"``, for a Dict of observations ``"MultiInputPolicy"``, or a subclass
+        of :class:`eggroll_rl.policies.MlpPolicy`
     :param env: id (``"module:Id-v0"`` works), ``EnvSpec``, function that returns an env, env, or ``VecEnv``
     :param population_size: members per generation, even; not pairs. None is 64. In segments it is per layer and update,
         at most as many as the layer is wide, and None is 16
@@ -96,10 +97,7 @@ class EGGROLL(BaseAlgorithm):
     :raises ConfigError: a setting is wrong; before any env or process is made, where it can be
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": MlpPolicy,
-        "LinearPolicy": LinearPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {**POLICIES}
     policy: MlpPolicy
     _scorer: EpisodeScorer | SegmentScorer | None = None
 
@@ -183,6 +181,8 @@ class EGGROLL(BaseAlgorithm):
         self.last_generation = {"ep_rew_mean": math.nan, "ep_len_mean": math.nan}  # of the episodes that ended last
         self.scorer_state: dict[str, torch.Tensor] = {}  # of a loaded model, until there is an env
         made, factory = self._make_env(env, env_kwargs)
+        if policy == "MlpPolicy" and made is not None and isinstance(made.observation_space, spaces.Dict):
+            raise ConfigError(f"policy must be 'MultiInputPolicy' for {made.observation_space}, got 'MlpPolicy'")
         if made is not None and factory is None and max_episode_steps is not None:
             raise ConfigError("max_episode_steps needs an env given by id or function; this one is already made")
         self._factory = factory

@@ -15,10 +15,11 @@ from eggroll_rl.envs import EnvFactory, check_time_limit, env_factory, read_toml
 from eggroll_rl.errors import ConfigError, ConsentError, EpisodeError, RunFolderError
 from eggroll_rl.es import one_thread
 from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
+from eggroll_rl.observations import Observations, finite_rows, map_arrays, space_as_policies_see
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.serial_vector import DIVERGED, SerialVectorEnv, SubEnvError
 
-Predict = Callable[[np.ndarray], np.ndarray]
+Predict = Callable[[Observations], np.ndarray]
 _BATCH = 32  # sub-envs at once
 
 
@@ -74,10 +75,14 @@ def batched(predict: Predict) -> Predict:
     differently by their place in the batch too: there it is the same only in the same place.
     """
 
-    def constant(obs: np.ndarray) -> np.ndarray:
-        padded = np.zeros((_BATCH, *obs.shape[1:]), obs.dtype)
-        padded[: len(obs)] = obs
-        return predict(padded)[: len(obs)]
+    def pad(part: np.ndarray) -> np.ndarray:
+        padded = np.zeros((_BATCH, *part.shape[1:]), part.dtype)
+        padded[: len(part)] = part
+        return padded
+
+    def constant(obs: Observations) -> np.ndarray:
+        n_rows = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+        return predict(map_arrays(pad, obs))[:n_rows]
 
     return constant
 
@@ -109,7 +114,7 @@ def _episodes(predict: Predict, envs: Any, seeds: list[int], returns: np.ndarray
     obs, _ = envs.reset(seed=seeds + [None] * idle, options={"reset_mask": active})
     while active.any():
         obs, rewards, terminations, truncations, infos = envs.step(predict(obs))
-        bad = active & ~(np.isfinite(rewards) & np.isfinite(obs.reshape(len(obs), -1)).all(axis=1))
+        bad = active & ~(np.isfinite(rewards) & finite_rows(obs))
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise EpisodeError(
@@ -166,7 +171,8 @@ def load_agent(
     factory = config.factory(gym_packages)
     with closing(factory()) as env:
         check_time_limit(env)
-        same = (env.observation_space, env.action_space) == (policy.observation_space, policy.action_space)
+        seen = space_as_policies_see(env.observation_space)
+        same = (seen, env.action_space) == (policy.observation_space, policy.action_space)
     if env_id is not None and not same:
         raise ConfigError(f"{env_id} has other spaces than {path} was trained on")
     return Agent(path.name, batched(lambda obs: policy.predict(obs)[0]), factory, policy)
@@ -200,7 +206,7 @@ def _load_sb3(
     except Exception as error:  # anything can come out of a pickle
         raise RunFolderError(f"cannot load {path} as {algo}: {type(error).__name__}: {error}") from error
 
-    def predict(obs: np.ndarray) -> np.ndarray:
+    def predict(obs: Observations) -> np.ndarray:
         return model.predict(statistics.normalize_obs(obs), deterministic=True)[0]
 
     return Agent(path.stem, batched(predict), factory)

@@ -13,6 +13,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from eggroll_rl.errors import ConfigError
+from eggroll_rl.observations import map_arrays
 from eggroll_rl.policies import MlpPolicy
 
 FORMATS = (".onnx", ".pt2")
@@ -25,15 +26,16 @@ class _Deployed(nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, obs: Tensor) -> Tensor:
+    def forward(self, obs: Any) -> Tensor:
         return self.policy(obs)
 
 
 def export_file(policy: MlpPolicy, path: str | Path) -> Path:
     """Write the policy to ``path``: raw observations (batch, ...) in, the env's actions (batch, ...) out.
 
-    A ``.onnx`` file has the input ``obs`` and the output ``actions`` and runs in any ONNX runtime; a ``.pt2`` file
-    is loaded by ``torch.export.load(path).module()``. Observations have the dtype of the space.
+    A ``.onnx`` file has the input ``obs``, or one input per key of a Dict, and the output ``actions``, and runs in any
+    ONNX runtime; a ``.pt2`` file is loaded by ``torch.export.load(path).module()``. Observations have shape and
+    dtype of the policy's space, in which the channels of an image come first.
 
     :raises ConfigError: another ending, or the packages for ONNX are missing
     """
@@ -41,8 +43,10 @@ def export_file(policy: MlpPolicy, path: str | Path) -> Path:
     if path.suffix not in FORMATS:
         raise ConfigError(f"the file must end in {' or '.join(FORMATS)}, got {path}")
     deployed = _Deployed(policy.replica()).eval().requires_grad_(False)
-    example = (_example(policy.observation_space),)
-    batch = {"obs": {0: torch.export.Dim("batch")}}
+    space = policy.observation_space
+    names = list(space.spaces) if isinstance(space, spaces.Dict) else ["obs"]
+    example = (_example(space),)
+    batch = {"obs": map_arrays(lambda _: {0: torch.export.Dim("batch")}, example[0])}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pt2":
         with torch.no_grad():
@@ -54,8 +58,8 @@ def export_file(policy: MlpPolicy, path: str | Path) -> Path:
         raise ConfigError(f"ONNX needs more packages ({error}): pip install 'eggroll-rl[onnx]'") from error
     with torch.no_grad(), _quiet():
         torch.onnx.export(
-            deployed, example, path, input_names=["obs"], output_names=["actions"], dynamic_shapes=batch,
-            dynamo=True, external_data=False, verbose=False,
+            deployed, (), path, kwargs={"obs": example[0]}, input_names=names, output_names=["actions"],
+            dynamic_shapes=batch, dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
     return path
 
@@ -74,7 +78,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _example(space: spaces.Space) -> Tensor:
+def _example(space: spaces.Space) -> Any:
     """Return two observations: a batch of one would be taken for a constant."""
-    sample: Any = space.sample()
-    return torch.from_numpy(np.stack([sample, sample]))
+    return map_arrays(lambda part: torch.from_numpy(np.stack([part, part])), space.sample())

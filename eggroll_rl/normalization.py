@@ -73,6 +73,7 @@ class ObsNormalizer(nn.Module):
     :param n_inputs: size I of a flat observation
     :param clip: bound of the output
     :param epsilon: added to the variance; a constant input gives 0
+    :param which: inputs (I,) to normalize, bool; all by default. The others pass through
     """
 
     count: Tensor
@@ -80,14 +81,17 @@ class ObsNormalizer(nn.Module):
     m2: Tensor
     scale: Tensor
     shift: Tensor
+    which: Tensor
 
-    def __init__(self, n_inputs: int, clip: float = 10.0, epsilon: float = 1e-8):
+    def __init__(self, n_inputs: int, clip: float = 10.0, epsilon: float = 1e-8, which: Tensor | None = None):
         super().__init__()
         self.clip = clip
         self.epsilon = epsilon
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(n_inputs, dtype=torch.float64))
         self.register_buffer("m2", torch.zeros(n_inputs, dtype=torch.float64))
+        which = torch.ones(n_inputs, dtype=torch.bool) if which is None else which
+        self.register_buffer("which", which, persistent=False)
         # These follow from the others; kept so that the inner loop does not compute a square root per step.
         self.register_buffer("scale", torch.ones(n_inputs, dtype=torch.float64), persistent=False)
         self.register_buffer("shift", torch.zeros(n_inputs, dtype=torch.float64), persistent=False)
@@ -115,7 +119,8 @@ class ObsNormalizer(nn.Module):
             self.scale.copy_(torch.rsqrt(self.m2 / self.count + self.epsilon))
         else:
             self.scale.fill_(1.0)
-        self.shift.copy_(-self.mean * self.scale)
+        self.scale.masked_fill_(~self.which, 1.0)
+        self.shift.copy_(torch.where(self.which, -self.mean * self.scale, 0.0))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -12,28 +12,18 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space, preprocess_obs
 from torch import Tensor, nn
 
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.normalization import ObsNormalizer
+from eggroll_rl.observations import check_observation_space, count_inputs, encode, measured
 
 ACTIVATIONS = {name.lower(): getattr(nn, name) for name in ("Tanh", "ReLU", "ELU", "GELU", "SiLU", "LeakyReLU")}
-OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
     """Refuse spaces that the policies cannot handle, naming them."""
-    if not isinstance(observation_space, OBSERVATION_SPACES):
-        known = ", ".join(space.__name__ for space in OBSERVATION_SPACES)
-        raise ConfigError(f"observation space {observation_space} is not supported; supported are {known}")
-    if is_image_space(observation_space):
-        # SB3 transposes images in its own env but not in ours: the same weights would see two things.
-        raise ConfigError(f"observation space {observation_space} is an image: wrap the env in FlattenObservation")
-    if isinstance(observation_space, spaces.MultiDiscrete) and (
-        observation_space.nvec.ndim > 1 or np.any(observation_space.start)
-    ):
-        raise ConfigError(f"observation space {observation_space} must be one-dimensional and start at 0")
+    check_observation_space(observation_space)
     if isinstance(action_space, spaces.Box):
         if not np.isfinite(action_space.low).all() or not np.isfinite(action_space.high).all():
             raise ConfigError(
@@ -59,11 +49,12 @@ class MlpPolicy(BasePolicy):
     Box actions: the output is clipped to [-1, 1] (or squashed by tanh) and mapped linearly onto the space's
     bounds. Discrete actions: argmax. ``deterministic`` in :meth:`predict` changes nothing.
 
-    :param observation_space: Box of any shape (flattened), Discrete, MultiDiscrete or MultiBinary (one-hot)
+    :param observation_space: Box of any shape (flattened), Discrete, MultiDiscrete or MultiBinary (one-hot), or a Dict
+        of these, joined
     :param action_space: bounded Box or Discrete
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation between layers, a class or a name in ``ACTIVATIONS``
-    :param normalize_obs: normalize Box observations by running moments
+    :param normalize_obs: normalize observations by running moments, but for one-hot codes
     :param squash_output: tanh instead of clipping
     :param with_bias: give the layers biases
     :param zero_last_layer: start with the last layer at zero: the mean of the action bounds, for every observation
@@ -97,9 +88,9 @@ class MlpPolicy(BasePolicy):
         self.with_bias = with_bias
         self.zero_last_layer = zero_last_layer
         self.normalize_obs = normalize_obs
-        self.n_inputs = get_flattened_obs_dim(observation_space)
-        is_box = isinstance(observation_space, spaces.Box)
-        self.normalizer = ObsNormalizer(self.n_inputs) if normalize_obs and is_box else None
+        self.n_inputs = count_inputs(observation_space)
+        which = measured(observation_space)
+        self.normalizer = ObsNormalizer(self.n_inputs, which=which) if normalize_obs and which.any() else None
         self.n_outputs = (
             int(action_space.n) if isinstance(action_space, spaces.Discrete) else math.prod(action_space.shape or ())
         )
@@ -126,14 +117,9 @@ class MlpPolicy(BasePolicy):
             nn.init.zeros_(last.weight)
         return nn.Sequential(*layers[:-1])
 
-    def encode(self, obs: Tensor) -> Tensor:
-        """Flatten observations (N, ...) to (N, I): Box as it is, the discrete spaces one-hot."""
-        if not isinstance(self.observation_space, spaces.Box):
-            if isinstance(self.observation_space, spaces.Discrete):
-                # SB3's one-hot counts from 0. Rows of an env that was never reset hold 0, whatever the start.
-                obs = (obs - int(self.observation_space.start)).clamp(0, int(self.observation_space.n) - 1)
-            obs = preprocess_obs(obs, self.observation_space)  # type: ignore[assignment]
-        return obs if obs.dim() == 2 else obs.flatten(1)
+    def encode(self, obs: Any) -> Tensor:
+        """Flatten observations (N, ...), of a Dict one tensor per key, to (N, I): the discrete spaces one-hot."""
+        return encode(obs, self.observation_space)
 
     def features(self, encoded: Tensor) -> Tensor:
         """Return the network's input (N, I), float32."""
@@ -150,7 +136,7 @@ class MlpPolicy(BasePolicy):
         actions = torch.addcmul(self._action_middle, unit, self._action_half_range)
         return actions if len(self._action_shape) == 1 else actions.view(-1, *self._action_shape)
 
-    def forward(self, obs: Tensor, deterministic: bool = True) -> Tensor:
+    def forward(self, obs: Any, deterministic: bool = True) -> Tensor:
         """Return the env's actions for a batch of raw observations."""
         return self.actions(self.network(self.features(self.encode(obs))))
 
@@ -192,3 +178,22 @@ class LinearPolicy(MlpPolicy):
         if net_arch:
             raise ConfigError(f"LinearPolicy has no hidden layers, got net_arch={net_arch!r}; use MlpPolicy")
         super().__init__(observation_space, action_space, net_arch=[], with_bias=with_bias, **kwargs)
+
+
+class MultiInputPolicy(MlpPolicy):
+    """:class:`MlpPolicy` under the name that SB3 asks for where observations are a Dict."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, **kwargs: Any):
+        if not isinstance(observation_space, spaces.Dict):
+            raise ConfigError(f"MultiInputPolicy is for a Dict of observations, got {observation_space}; use MlpPolicy")
+        super().__init__(observation_space, action_space, **kwargs)
+
+
+POLICIES: dict[str, type[MlpPolicy]] = {
+    policy.__name__: policy for policy in (MlpPolicy, LinearPolicy, MultiInputPolicy)
+}
+
+
+def default_policy(observation_space: spaces.Space) -> str:
+    """Return the name of the policy for whoever names none."""
+    return "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"

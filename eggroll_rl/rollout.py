@@ -22,6 +22,7 @@ from eggroll_rl.envs import global_generators_kept
 from eggroll_rl.errors import EpisodeError
 from eggroll_rl.lowrank import Noise
 from eggroll_rl.normalization import Moments
+from eggroll_rl.observations import finite_rows
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.serial_vector import DIVERGED, SubEnvError
 
@@ -141,18 +142,19 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                 if reset_N is not None:
                     row_seeds = [int(seeds_NE[i, episode_N[i]]) if reset_N[i] else None for i in range(size)]
                     obs, _ = envs.reset(seed=row_seeds, options={"reset_mask": reset_N})  # type: ignore[arg-type]
-                    check_finite(np.zeros(size), obs, active_N, episode_error)
+                    encoded = actor.encode(obs)
+                    check_finite(np.zeros(size), encoded, active_N, episode_error)
                     reset_N = None
-                encoded = actor.encode(obs)
                 seen_TNI[t], active_TN[t] = encoded, active_N
                 t += 1
                 if t == _MOMENTS_BLOCK:
                     moments.add(seen_TNI, active_TN)
                     t = 0
                 obs, rewards, terminations, truncations, infos = envs.step(actor.act(encoded))
+                encoded = actor.encode(obs)
                 return_N += rewards
                 length_N += active_N
-                check_finite(rewards, obs, active_N, episode_error)
+                check_finite(rewards, encoded, active_N, episode_error)
                 if "diverged" in infos:
                     raise episode_error(int(np.flatnonzero(infos["diverged"])[0]), DIVERGED)
                 ended_N = terminations | truncations  # False where a sub-env is left alone
@@ -178,13 +180,13 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
 
 
 def check_finite(
-    rewards: np.ndarray, obs: np.ndarray, active_N: np.ndarray, episode_error: Callable[[int, str], EpisodeError]
+    rewards: np.ndarray, encoded_NI: np.ndarray, active_N: np.ndarray, episode_error: Callable[[int, str], EpisodeError]
 ) -> None:
     """Raise for the first active sub-env whose reward or observation is NaN or infinite."""
-    if math.isfinite(np.add.reduce(rewards, axis=None) + np.add.reduce(obs, axis=None)):
+    if math.isfinite(np.add.reduce(rewards, axis=None) + np.add.reduce(encoded_NI, axis=None)):
         return
-    for what, values in (("reward", rewards), ("observation", obs)):
-        bad_N = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1) & active_N
+    for what, values in (("reward", rewards), ("observation", encoded_NI)):
+        bad_N = ~finite_rows(values) & active_N
         if bad_N.any():
             row = int(np.flatnonzero(bad_N)[0])
             raise episode_error(row, f"the env's {what} is not finite: {values[row]}")

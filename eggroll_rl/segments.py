@@ -22,6 +22,7 @@ from eggroll_rl.errors import EpisodeError
 from eggroll_rl.lowrank import Noise
 from eggroll_rl.mujoco_vector import MujocoVectorEnv
 from eggroll_rl.normalization import Moments
+from eggroll_rl.observations import Observations
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Generation, RolloutResult, check_finite, rollout, seeded_globals
 from eggroll_rl.serial_vector import DIVERGED, SerialVectorEnv, SubEnvError
@@ -114,7 +115,7 @@ def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs:
     def episode_error(row: int, what: str) -> EpisodeError:
         return EpisodeError(f"generation {noise.generation}, simulation {first + row}, step {t} of its segment: {what}")
 
-    def reset(mask_N: np.ndarray, **options: np.ndarray) -> np.ndarray:
+    def reset(mask_N: np.ndarray, **options: np.ndarray) -> Observations:
         seeds = [reset_seed(noise, first + n, n_resets_N[n]) if mask_N[n] else None for n in range(size)]
         n_resets_N[mask_N] += 1
         obs, _ = envs.reset(seed=seeds, options={"reset_mask": mask_N, **options})  # type: ignore[arg-type]
@@ -126,35 +127,37 @@ def segment_rollout(policy: MlpPolicy, generation: Generation, first: int, envs:
     successes_TN = np.full((n_steps, size), np.nan)
     with seeded_globals(noise, first), _sub_env_errors_as(episode_error):
         if isinstance(envs, MujocoVectorEnv):
-            obs = envs.set_states(real_N & ~new_N, states_NS, age_N)
+            obs: Observations = envs.set_states(real_N & ~new_N, states_NS, age_N)
             if new_N.any():
                 obs = reset(new_N, elapsed=age_N)
         else:
             assert isinstance(envs, SerialVectorEnv)
             envs.leave_alone()
             obs = reset(real_N)
-        check_finite(np.zeros(size), obs, real_N, episode_error)
         actor = Actor(policy, None, first, size)
-        n_features = actor.features(actor.encode(obs)).shape[1]
+        encoded = actor.encode(obs)
+        check_finite(np.zeros(size), encoded, real_N, episode_error)
+        n_features = actor.features(encoded).shape[1]
         features_TNI = np.empty((n_steps + 1, size, n_features), dtype=np.float32)
         noise_TNO = exploration_noise(noise, first, (n_steps, size, policy.n_outputs), generation.exploration_std)
         outputs_TNO = np.empty_like(noise_TNO)
         final: list[np.ndarray] = []
         for t in range(n_steps):
-            obs_TNI[t] = actor.encode(obs)
+            obs_TNI[t] = encoded
             features_TNI[t], outputs_TNO[t], actions = actor.explore(obs_TNI[t], noise_TNO[t])
             obs, rewards_TN[t], terminated_TN[t], truncated_TN[t], infos = envs.step(actions)
-            check_finite(rewards_TN[t], obs, real_N, episode_error)
+            encoded = actor.encode(obs)
+            check_finite(rewards_TN[t], encoded, real_N, episode_error)
             if "diverged" in infos:
                 raise episode_error(int(np.flatnonzero(infos["diverged"])[0]), DIVERGED)
             ended_N = terminated_TN[t] | truncated_TN[t]
             if ended_N.any():
                 successes_TN[t] = np.where(infos.get("_is_success", False), infos.get("is_success", math.nan), math.nan)
-                final.append(actor.features(actor.encode(obs))[ended_N])
+                final.append(actor.features(encoded)[ended_N])
                 if t < n_steps - 1:  # else the next generation resets
-                    obs = reset(ended_N)
-                    check_finite(np.zeros(size), obs, real_N, episode_error)
-        features_TNI[n_steps] = actor.features(actor.encode(obs))
+                    encoded = actor.encode(reset(ended_N))
+                    check_finite(np.zeros(size), encoded, real_N, episode_error)
+        features_TNI[n_steps] = actor.features(encoded)
     moments = Moments.zeros(size, policy.n_inputs)
     moments.add(obs_TNI, np.broadcast_to(real_N, (n_steps, size)))
     if isinstance(envs, MujocoVectorEnv):

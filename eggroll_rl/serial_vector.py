@@ -8,10 +8,11 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector.utils import batch_space, create_empty_array
 
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.mujoco_vector import DIVERGENCE_WARNINGS
+from eggroll_rl.observations import Observations, map_arrays, put_row
 
 DIVERGED = "the physics diverged: MuJoCo met a NaN or a huge number, and put the simulation back to its start"
 
@@ -52,13 +53,12 @@ class SerialVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.spec = self.envs[0].spec
-        shape, dtype = self.single_observation_space.shape, self.single_observation_space.dtype
-        self._obs = np.zeros((self.num_envs, *(shape or ())), dtype)
+        self._obs: Any = create_empty_array(self.single_observation_space, self.num_envs)
         self._done = np.ones(self.num_envs, dtype=bool)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    ) -> tuple[Observations, dict[str, Any]]:
         """Reset the sub-envs of ``options["reset_mask"]`` (all by default).
 
         :param seed: one seed per sub-env; or one number s, for s, s + 1, ...
@@ -69,13 +69,14 @@ class SerialVectorEnv(VectorEnv):
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
         for i in np.flatnonzero(mask).tolist():
             try:
-                self._obs[i], _ = self.envs[i].reset(seed=seeds[i], options=options or None)
+                obs, _ = self.envs[i].reset(seed=seeds[i], options=options or None)
+                put_row(self._obs, i, obs)
             except Exception as error:
                 raise SubEnvError(i, "reset()", error) from error
         self._done[mask] = False
-        return self._obs.copy(), {}
+        return map_arrays(np.copy, self._obs), {}
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[Observations, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step the sub-envs whose episode is still running.
 
         :param actions: (num_envs, ...); those of finished sub-envs are ignored
@@ -90,7 +91,8 @@ class SerialVectorEnv(VectorEnv):
         infos: dict[str, Any] = {}
         for i in np.flatnonzero(~self._done).tolist():
             try:
-                self._obs[i], rewards[i], terminations[i], truncations[i], info = self.envs[i].step(actions[i])
+                obs, rewards[i], terminations[i], truncations[i], info = self.envs[i].step(actions[i])
+                put_row(self._obs, i, obs)
             except Exception as error:
                 raise SubEnvError(i, "step()", error) from error
             if self._has_diverged(self.envs[i]):
@@ -99,7 +101,7 @@ class SerialVectorEnv(VectorEnv):
                 self._done[i] = True
                 if "is_success" in info:
                     infos = self._add_info(infos, {"is_success": bool(info["is_success"])}, i)
-        return self._obs.copy(), rewards, terminations, truncations, infos
+        return map_arrays(np.copy, self._obs), rewards, terminations, truncations, infos
 
     def leave_alone(self) -> None:
         """Treat all sub-envs as finished, until they are reset."""

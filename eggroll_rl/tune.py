@@ -207,7 +207,7 @@ def _start(base: dict[str, Any], space: dict[str, Any]) -> dict[str, Any]:
         linear, size = size.startswith("lin_"), float(size.removeprefix("lin_"))
     named = {**base, "schedule": "linear" if linear else "constant", step: size}
     net_arch = base.get("policy_kwargs", {}).get("net_arch", [64, 64])
-    if base.get("policy", "MlpPolicy") == "MlpPolicy" and net_arch in _NETWORKS.values():
+    if base.get("policy") != "LinearPolicy" and net_arch in _NETWORKS.values():
         named["network"] = next(name for name, widths in _NETWORKS.items() if widths == net_arch)
     return {name: named[name] for name, values in space.items() if name in named and _lies_in(named[name], values)}
 
@@ -227,7 +227,9 @@ def settings_at(base: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     """Turn a point of the space into EGGROLL's settings."""
     chosen = dict(chosen)
     network, schedule = chosen.pop("network"), chosen.pop("schedule", None)
-    settings = {**base, **chosen, "policy": "MlpPolicy"}
+    settings = {**base, **chosen}
+    if base.get("policy") == "LinearPolicy":
+        settings["policy"] = "MlpPolicy"  # which has linear networks too
     settings["policy_kwargs"] = {**base.get("policy_kwargs", {}), "net_arch": _NETWORKS[network]}
     if schedule == "linear":
         step = _step_of(settings)

@@ -14,6 +14,7 @@ from eggroll_rl.actor import Actor
 from eggroll_rl.errors import EpisodeError
 from eggroll_rl.es import one_thread
 from eggroll_rl.normalization import Moments
+from eggroll_rl.observations import finite_rows
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Generation, RolloutResult, load_generation
 from eggroll_rl.segments import Result
@@ -55,20 +56,22 @@ class VecEnvEvaluator:
         moments = Moments.zeros(n_envs, self._policy.n_inputs)
         episode_N = np.where(np.arange(n_envs) < n_members, 0, n_episodes)
         steps = 0
-        padding = ((offset, rows - offset - n_envs),)
+        padding = ((offset, rows - offset - n_envs), (0, 0))
         obs: Any = self._env.reset()
+        encoded = actor.encode(obs)
         while (episode_N < n_episodes).any():
             active_N = episode_N < n_episodes
             # Rows beyond the envs repeat real observations: a policy may rely on what it is given.
-            encoded = actor.encode(np.pad(obs, padding + ((0, 0),) * (obs.ndim - 1), mode="edge"))
-            moments.add(encoded[None, offset : offset + n_envs], active_N[None])
-            obs, rewards, dones, _ = self._env.step(actor.act(encoded)[offset : offset + n_envs])
+            moments.add(encoded[None], active_N[None])
+            actions = actor.act(np.pad(encoded, padding, mode="edge"))
+            obs, rewards, dones, _ = self._env.step(actions[offset : offset + n_envs])
+            encoded = actor.encode(obs)
             steps += n_envs
             active = np.flatnonzero(active_N)
             returns_NE[active, episode_N[active]] += rewards[active]
             lengths_NE[active, episode_N[active]] += 1
-            for what, values in (("reward", rewards), ("observation", obs)):
-                bad = active[~np.isfinite(values[active].reshape(len(active), -1)).all(axis=1)]
+            for what, values in (("reward", rewards), ("observation", encoded)):
+                bad = active[~finite_rows(values[active])]
                 if len(bad):
                     row = int(bad[0])
                     raise EpisodeError(

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from eggroll_rl.envs import EnvFactory, time_limit
 from eggroll_rl.errors import ConfigError, RenderError, RunFolderError
 from eggroll_rl.evaluation import Agent
+from eggroll_rl.observations import map_arrays
 
 _PROBE = """
 import mujoco
@@ -198,7 +199,7 @@ class _Episode:
         yield self._frame()
         done = False
         while not done:
-            action = self._agent.predict(np.asarray(obs)[None])[0]
+            action = self._agent.predict(map_arrays(lambda part: np.asarray(part)[None], obs))[0]
             obs, reward, terminated, truncated, _ = self._env.step(action)
             self.episode_return += float(reward)
             done = terminated or truncated

@@ -45,10 +45,14 @@ def test_a_policy_is_built_again_without_its_env(tmp_path):
         spaces.MultiDiscrete([2, 5]),
         spaces.MultiBinary(3),
         spaces.MultiBinary([2, 2]),
+        spaces.Dict([("z", spaces.Discrete(3)), ("a", spaces.Box(-1, np.inf, (2,), np.float32))]),
     ],
 )
 def test_spaces_survive_json(space):
-    assert agents.space_from_json(json.loads(json.dumps(agents.space_to_json(space), allow_nan=False))) == space
+    back = agents.space_from_json(json.loads(json.dumps(agents.space_to_json(space), allow_nan=False)))
+    assert back == space
+    if isinstance(space, spaces.Dict):
+        assert list(back) == list(space)
 
 
 def test_linear_policies_too(tmp_path):

@@ -11,6 +11,7 @@ from gymnasium.wrappers import TimeLimit
 from eggroll_rl import EGGROLL
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.export import export_file
+from eggroll_rl.observations import map_arrays
 
 
 class SeasonEnv(toy.TargetEnv):
@@ -28,12 +29,14 @@ ENVS = {
     "Box to Box": toy.make_target,
     "Box to Discrete": lambda: gym.make("CartPole-v1"),
     "Discrete to Discrete": lambda: TimeLimit(SeasonEnv(), 20),
+    "Dict to Box": toy.make_goal,
     "float64": lambda: gym.make("HalfCheetah-v5"),
 }
 
 
 def trained(kind, **settings):
-    model = EGGROLL("MlpPolicy", ENVS[kind], population_size=4, n_workers=0, seed=0, max_episode_steps=20, **settings)
+    policy = "MultiInputPolicy" if kind.startswith("Dict") else "MlpPolicy"
+    model = EGGROLL(policy, ENVS[kind], population_size=4, n_workers=0, seed=0, max_episode_steps=20, **settings)
     with torch.no_grad():
         for layer in model.policy.network[::2]:
             torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))
@@ -41,6 +44,8 @@ def trained(kind, **settings):
 
 
 def observations(space, n):
+    if isinstance(space, spaces.Dict):
+        return {key: observations(part, n) for key, part in space.items()}
     if isinstance(space, spaces.Box):
         return np.random.default_rng(0).normal(size=(n, *space.shape)).astype(space.dtype)
     return np.random.default_rng(0).integers(space.start, space.start + space.n, size=n)
@@ -58,9 +63,10 @@ def test_a_file_gives_the_actions_that_predict_gives(kind, ending, tmp_path):
         obs = observations(model.observation_space, n)
         expected = model.predict(obs)[0]
         if ending == ".pt2":
-            actions = torch.export.load(path).module()(torch.from_numpy(obs)).numpy()
+            actions = torch.export.load(path).module()(map_arrays(torch.from_numpy, obs)).numpy()
         else:
-            (actions,) = runtime.InferenceSession(path).run(["actions"], {"obs": obs})
+            inputs = obs if isinstance(obs, dict) else {"obs": obs}
+            (actions,) = runtime.InferenceSession(path).run(["actions"], inputs)
         assert actions.shape == expected.shape and np.allclose(actions, expected, atol=1e-5)
     assert isinstance(model.action_space, spaces.Box) or len(np.unique(expected)) > 1
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 LAYERS = [
     ["errors", "lowrank", "fitness", "es"],
-    ["normalization", "policies", "actor"],
+    ["normalization", "observations", "policies", "actor"],
     ["registration", "mujoco_contacts", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
     ["serial_vector", "box2d", "envs", "rollout", "segments"],
     ["workers", "vec_env", "sb3_vec_env", "sb3_export"],

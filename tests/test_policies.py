@@ -4,9 +4,11 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
+from eggroll_rl.actor import Actor
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.normalization import Moments
-from eggroll_rl.policies import LinearPolicy, MlpPolicy
+from eggroll_rl.observations import space_as_policies_see
+from eggroll_rl.policies import LinearPolicy, MlpPolicy, MultiInputPolicy
 
 OBS = spaces.Box(-np.inf, np.inf, (3,), np.float64)
 BOX = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
@@ -80,6 +82,37 @@ def test_observation_spaces(space, n_inputs):
     assert (policy.normalizer is not None) == isinstance(space, spaces.Box)
 
 
+def test_a_dict_is_its_parts_joined_and_only_measurements_are_normalized():
+    space = spaces.Dict(
+        [("z", OBS), ("kind", spaces.Discrete(4, start=1)), ("a", spaces.Box(0, 9, (2, 2), np.float32))]
+    )
+    policy = MultiInputPolicy(space, BOX)
+    z, a = np.array([[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]]), np.arange(8, dtype=np.float32).reshape(2, 2, 2)
+    obs = {"z": torch.from_numpy(z), "a": torch.from_numpy(a), "kind": torch.tensor([2, 4])}
+    encoded = policy.encode(obs)
+    expected = np.concatenate([z, [[0, 1, 0, 0], [0, 0, 0, 1]], a.reshape(2, 4)], axis=1)
+    assert np.array_equal(encoded.numpy(), expected)
+    moments = Moments.zeros(2, 11)
+    moments.add(expected[None], np.ones((1, 2), dtype=bool))
+    policy.normalizer.combine(moments)
+    # Two observations: one deviation below and above their mean; the one-hot code stays.
+    one = np.concatenate([-np.ones(3), [0, 1, 0, 0], -np.ones(4)])
+    assert np.allclose(policy.features(encoded), [one, np.concatenate([np.ones(3), [0, 0, 0, 1], np.ones(4)])])
+    assert policy.predict({name: part.numpy() for name, part in obs.items()})[0].shape == (2, 2)
+
+
+def test_an_image_looks_the_same_with_its_channels_first_and_last():
+    channels_last = np.random.default_rng(0).integers(0, 256, (5, 8, 9, 3), dtype=np.uint8)
+    seen = space_as_policies_see(spaces.Box(0, 255, (8, 9, 3), np.uint8))
+    assert seen == spaces.Box(0, 255, (3, 8, 9), np.uint8)
+    policy = MlpPolicy(seen, BOX, zero_last_layer=False)
+    channels_first = channels_last.transpose(0, 3, 1, 2)
+    assert np.array_equal(policy.predict(channels_last)[0], policy.predict(channels_first)[0])
+    rows = Actor(policy, None, 0, 5).encode(channels_last)
+    assert np.allclose(rows, channels_first.reshape(5, -1) / 255)
+    assert not np.array_equal(policy.predict(channels_last)[0], policy.predict(channels_last[:, :, ::-1].copy())[0])
+
+
 def test_the_normalizer_is_part_of_predict_and_of_the_saved_policy(tmp_path):
     policy = MlpPolicy(OBS, BOX, zero_last_layer=False)
     moments = Moments.zeros(2, 3)
@@ -128,9 +161,9 @@ def test_the_linear_policy_is_one_layer():
 @pytest.mark.parametrize(
     ("observation_space", "action_space", "named"),
     [
-        (spaces.Dict(a=OBS), BOX, "observation space Dict"),
+        (spaces.Dict(a=OBS, b=spaces.Text(4)), BOX, "part 'b' of the observation space, Text.*FilterObservation"),
+        (spaces.Dict(a=spaces.Dict(b=OBS)), BOX, "part 'a' of the observation space, Dict.*not supported"),
         (spaces.Text(4), BOX, "observation space Text"),
-        (spaces.Box(0, 255, (64, 64, 3), np.uint8), BOX, "is an image.*FlattenObservation"),
         (spaces.MultiDiscrete([[2, 3]]), BOX, "one-dimensional"),
         (OBS, spaces.Box(-np.inf, np.inf, (2,)), "action space Box.*unbounded"),
         (OBS, spaces.MultiDiscrete([2, 2]), "action space MultiDiscrete"),

@@ -31,7 +31,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecTransposeImage
 
 from eggroll_rl import EGGROLL
 
@@ -490,6 +490,30 @@ def test_predict_discrete(name):
     model = make(name, "CartPole-v1")
     one, _ = model.predict(np.zeros(4, np.float32))
     assert np.issubdtype(one.dtype, np.integer) and int(one) in (0, 1)
+
+
+@line(not_ars="it has no policy for a Dict")
+def test_predict_dict(name):
+    """A Dict of observations is trained on and predicted from, one or a batch; images channels last or first."""
+    algorithm, policy, small = ALGORITHMS[name]
+    policy = {"MlpPolicy": "MultiInputPolicy"}.get(policy, policy)
+    model = algorithm(policy, make_vec_env(toy.make_goal, 2, seed=0), seed=0, **small).learn(GENERATION)
+    obs, _ = toy.make_goal().reset(seed=3)
+    one, _ = model.predict(obs)
+    many, _ = model.predict({key: np.stack([part] * 7) for key, part in obs.items()})
+    first, _ = model.predict({**obs, "seen": obs["seen"].transpose(2, 0, 1)})
+    assert one.shape == (2,) and many.shape == (7, 2) and np.any(one) and np.array_equal(one, first)
+    assert evaluate_policy(model, model.get_env(), n_eval_episodes=2, warn=False)
+
+
+@line()
+def test_predict_images(name):
+    """An image is trained on and predicted from with its channels last or first; VecTransposeImage may be there."""
+    model = make(name, VecTransposeImage(make_vec_env(toy.make_picture, 2, seed=0))).learn(GENERATION)
+    obs, _ = toy.make_picture().reset(seed=3)
+    assert model.observation_space.shape == (3, 4, 6)
+    assert np.array_equal(model.predict(obs)[0], model.predict(obs.transpose(2, 0, 1))[0])
+    assert model.predict(np.stack([obs] * 7))[0].shape == (7, 2)
 
 
 @line(not_ars="the constructor's with_bias and squash_output are not among what a policy saves")

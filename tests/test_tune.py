@@ -144,9 +144,10 @@ def test_a_point_of_the_space_becomes_settings():
         "slice_size": 16,
         "learning_rate": "lin_0.02",
         "sigma": 0.1,
-        "policy": "MlpPolicy",
         "policy_kwargs": {"net_arch": [], "squash_output": True},
     }
+    assert settings_at({**base, "policy": "LinearPolicy"}, chosen)["policy"] == "MlpPolicy"
+    assert settings_at({**base, "policy": "MultiInputPolicy"}, chosen)["policy"] == "MultiInputPolicy"
 
 
 def test_a_point_of_the_segments_space_becomes_settings():
@@ -158,7 +159,7 @@ def test_a_point_of_the_segments_space_becomes_settings():
     chosen = {"exploration_std": 0.3, "target_kl": 0.2, "schedule": "linear", "network": "8", "n_segments": 64}
     assert settings_at(base, chosen) == {
         **base, "exploration_std": 0.3, "target_kl": "lin_0.2", "n_segments": 64, "slice_size": 32,
-        "policy": "MlpPolicy", "policy_kwargs": {"net_arch": [8]},
+        "policy_kwargs": {"net_arch": [8]},
     }  # fmt: skip
 
 

@@ -39,6 +39,41 @@ def make_target(offset=0.0):
     return TimeLimit(TargetEnv(offset), 50)
 
 
+class GoalEnv(TargetEnv):
+    """The target in a Dict: a picture with a bright column for its first entry, a Box, and a Discrete."""
+
+    observation_space = spaces.Dict(
+        [
+            ("seen", spaces.Box(0, 255, (4, 6, 3), np.uint8)),
+            ("goal", spaces.Box(-np.inf, np.inf, (1,), np.float64)),
+            ("side", spaces.Discrete(2, start=3)),
+        ]
+    )
+
+    def _obs(self):
+        x, y, z = super()._obs()
+        picture = np.zeros((4, 6, 3), np.uint8)
+        picture[:, int((x + 1) * 3) % 6, 1] = 200
+        return {"goal": np.array([y], np.float64), "seen": picture, "side": 3 + int(z > 0)}
+
+
+class PictureEnv(GoalEnv):
+    """The picture alone."""
+
+    observation_space = GoalEnv.observation_space["seen"]
+
+    def _obs(self):
+        return super()._obs()["seen"]
+
+
+def make_goal():
+    return TimeLimit(GoalEnv(), 50)
+
+
+def make_picture():
+    return TimeLimit(PictureEnv(), 50)
+
+
 class FaultEnv(TargetEnv):
     """Does ``fault`` at step ``at`` of an episode whose seed is ``seed`` (any seed by default)."""
 
