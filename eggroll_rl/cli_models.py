@@ -74,6 +74,8 @@ def record(models: tuple[Path, ...], output: Path | None, seed: int, plain: bool
     """Record one episode of each MODEL, a run folder or an SB3 .zip, as a video; several side by side."""
     from eggroll_rl import videos
 
+    if options["gym_packages"]:
+        videos.choose_gl()  # dm_control takes the renderer that is chosen when it is imported
     agents = [_load(model, **options) for model in models]
     if output is None:
         names = "-".join(agent.name for agent in agents)

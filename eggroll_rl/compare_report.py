@@ -348,7 +348,7 @@ def _over_tasks(comparisons: list[dict[str, Any]]) -> list[str]:
         low, high = improvement_interval(ours, theirs)
         lines.append(
             f"- {display_name(algo)}: {probability_of_improvement(ours, theirs):.2f} [{low:.2f}, {high:.2f}], "
-            f"{len(tasks)} tasks, at least {n_runs} seeds each"
+            f"{len(tasks)} tasks, at least {n_runs} seed{'s' if n_runs > 1 else ''} each"
         )
     if lines:
         about = "Probability that a run of EGGROLL ends above a run of the other, averaged over the tasks"

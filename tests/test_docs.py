@@ -4,12 +4,15 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
 import pytest
 
 from eggroll_rl.cli import cli
+from eggroll_rl.config import RunConfig
+from eggroll_rl.envs import resolve_wrappers
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,6 +72,15 @@ def test_every_command_line_is_understood(line):
         name, command, arguments = command.resolve_command(context, arguments)
         context = click.Context(command, parent=context)
     command.make_context(name, arguments)
+
+
+def test_every_preset_is_one():
+    presets = [tomllib.loads(block) for page in PAGES for block in blocks(page, "toml")]
+    assert presets
+    for preset in presets:
+        config = RunConfig.from_dict(preset, "the docs")
+        resolve_wrappers(config.wrappers)
+        assert config.env_id
 
 
 def test_what_a_page_links_to_exists():

@@ -1,4 +1,4 @@
-"""The drawing in the README, held true: a module imports only from rows above its own."""
+"""The drawing in the docs, held true: a module imports only from rows above its own."""
 
 import ast
 import subprocess
@@ -45,8 +45,8 @@ def test_a_module_imports_only_from_above():
                 assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
 
 
-def test_the_readme_lists_the_modules_in_this_order():
-    house = (PACKAGE.parent / "README.md").read_text().split("eggroll_rl/\n", 1)[1].split("```")[0]
+def test_the_docs_list_the_modules_in_this_order():
+    house = (PACKAGE.parent / "docs" / "how-it-works.md").read_text().split("eggroll_rl/\n", 1)[1].split("```")[0]
     assert [line.split()[0] for line in house.splitlines()] == [f"{name}.py" for name in ORDER]
 
 
