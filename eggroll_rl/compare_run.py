@@ -189,6 +189,8 @@ class BudgetRecorder(GenerationCallback):
         if self.held is not None:
             self._evaluate_points_before(progress)
         if progress > 1.0:
+            if self.held is None:  # all of the budget went into making the algorithm
+                self.held = hold(self.model, steps, seconds)
             self._stopped += time.perf_counter() - began
             raise BudgetSpent
         # A thousandth of the budget is near enough: off-policy algorithms come here at every step.

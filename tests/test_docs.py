@@ -1,7 +1,10 @@
 """What the README and the docs tell people to type: every Python block runs, every command line is understood."""
 
+import importlib.util
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -87,3 +90,39 @@ def test_what_a_page_links_to_exists():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+SMALLER = [
+    (r"^(.* train \S+.*)$", r"\1 --total-timesteps 4096"),
+    (r"--seconds \d+", "--seconds 1"),
+    (r"--trials \d+", "--trials 1"),
+    (r"--seeds \d+", "--seeds 1"),
+    (r"^(.* compare HalfCheetah-v5.*)$", r"\1 --output runs/compared"),
+    (r"^(.* record .*)$", r"\1 --plain --scale 0.25"),
+    (r"--n-eval-episodes \d+", "--n-eval-episodes 2"),
+    (r"^(.* bench throughput .*)$", r"\1 --repetitions 1 --episode-steps 40"),
+    (r"^(.*--track.*)$", r"\1 --overwrite"),
+]
+
+
+@pytest.mark.slow
+def test_every_command_line_runs(tmp_path):
+    """One after the other, where they find what the repository has; on small budgets. ``enjoy`` needs a window."""
+    for run in ("HalfCheetah-v5/eggroll-seed0", "Hopper-v5/compare/eggroll-seed0", "Hopper-v5/compare/ppo-seed0"):
+        shutil.copytree(ROOT / "agents" / run, tmp_path / "agents" / run)
+    lines = list(dict.fromkeys(param.values[0].strip() for param in command_lines()))
+    lines.sort(key=lambda line: "train HalfCheetah-v5" not in line)  # others use what these write
+    has_wandb = importlib.util.find_spec("wandb") is not None
+    for line in lines:
+        if " enjoy " in line or ("--track" in line and not has_wandb):
+            continue
+        for found, instead in SMALLER:
+            line = re.sub(found, instead, line)
+        command = line.replace("eggroll-rl", f"{shlex.quote(sys.executable)} -m eggroll_rl", 1)
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env={**os.environ, "WANDB_MODE": "offline"},
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    for written in ("videos/HalfCheetah-v5.mp4", "cheetah.onnx", "policy.pt2", "runs/tune-Hopper-v5/preset.toml"):
+        assert (tmp_path / written).stat().st_size > 0

@@ -9,6 +9,7 @@ import json
 import zipfile
 
 import numpy as np
+import optuna
 import pytest
 import torch
 import toy
@@ -355,6 +356,23 @@ def test_stop_training_by_evaluation(name, kind):
     model = make(name)
     model.learn(30 * GENERATION, callback=EvalCallback(one_env(), eval_freq=20, n_eval_episodes=1, verbose=0, **stop))
     assert model.num_timesteps < 20 * GENERATION
+
+
+@line(not_ars="what on_step() returns is ignored")
+def test_optuna_prunes(name):
+    """An EvalCallback that reports to an Optuna trial ends a run that is pruned."""
+    trial = optuna.create_study(pruner=optuna.pruners.ThresholdPruner(lower=1e9)).ask()
+
+    class TrialEvalCallback(EvalCallback):
+        def _on_step(self):
+            super()._on_step()
+            if self.n_calls % self.eval_freq == 0:
+                trial.report(self.last_mean_reward, self.n_calls)
+                return not trial.should_prune()
+            return True
+
+    model = make(name).learn(3 * GENERATION, TrialEvalCallback(one_env(), eval_freq=10, n_eval_episodes=1, verbose=0))
+    assert trial.should_prune() and model.num_timesteps == 10
 
 
 @line()
