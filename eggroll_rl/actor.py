@@ -14,10 +14,11 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
-from eggroll_rl.lowrank import Noise, PerturbedLinear, Population, is_plain_sequence
+from eggroll_rl.noise import Noise
 from eggroll_rl.normalization import ObsNormalizer
 from eggroll_rl.observations import Observations, as_policies_see, is_plain, map_arrays
 from eggroll_rl.policies import MlpPolicy
+from eggroll_rl.population import PerturbedLinear, Population, is_plain_sequence
 
 Stage = Callable[[np.ndarray], np.ndarray]
 
@@ -35,7 +36,10 @@ class Actor:
         self._policy = policy
         self._is_flat = is_plain(policy.observation_space) and _is_own(policy, "encode")
         network = policy.network if noise is None else Population(policy.network, noise, first, n_members).members
-        self._features, self._layers = _features(policy, n_members), _layers(network)
+        self._features = _features(policy, n_members)
+        self._state = torch.zeros(n_members, policy.state_size)
+        self._network = network
+        self._layers = [self._remembering] if policy.state_size else _layers(network)
         self._actions = _actions(policy)
 
     @torch.no_grad()
@@ -67,6 +71,16 @@ class Actor:
         """Return the network's inputs (N, I) alone, valid until the next call."""
         with np.errstate(all="ignore"):
             return self._features(encoded)
+
+    def restart(self, rows: np.ndarray) -> None:
+        """Forget what the rows of this mask remember: an episode starts there."""
+        if self._policy.state_size:
+            self._state[torch.from_numpy(rows)] = 0.0
+
+    @torch.no_grad()
+    def _remembering(self, x: np.ndarray) -> np.ndarray:
+        outputs, self._state = self._network(torch.from_numpy(x.copy()), self._state)
+        return outputs.numpy()
 
     def _outputs(self, x: np.ndarray) -> np.ndarray:
         for layer in self._layers:
@@ -168,6 +182,8 @@ def _actions(policy: MlpPolicy) -> Stage:
     if isinstance(space, spaces.Discrete):
         start = int(space.start)
         return lambda outputs: outputs.argmax(1) + start
+    if not isinstance(space, spaces.Box):
+        return _in_torch(policy.actions)
     middle, half_range = policy._action_middle.numpy(), policy._action_half_range.numpy()
     shape = space.shape or ()
 

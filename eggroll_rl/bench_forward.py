@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from eggroll_rl.es import one_thread
-from eggroll_rl.lowrank import Noise, Population, estimate_gradient
+from eggroll_rl.lowrank import estimate_gradient, perturbed_parameters
+from eggroll_rl.noise import LowRank, Noise
+from eggroll_rl.population import Population
 
 _DENSE_MEMBERS = 64
 _HWM, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -67,7 +69,8 @@ def _measure(width: int, rank: int, population_size: int, n_layers: int, repetit
     torch.manual_seed(0)
     layers = [layer for _ in range(n_layers) for layer in (nn.Linear(width, width), nn.Tanh())][:-1]
     network = nn.Sequential(*layers)
-    noise = Noise(0, 0, population_size, 0.05, rank, min(population_size, 256))
+    noise = Noise(0, 0, population_size, 0.05, LowRank(rank), min(population_size, 256))
+    parameters = perturbed_parameters(network)
     x = torch.randn(population_size, width)
     utilities = torch.randn(population_size, dtype=torch.float64)
 
@@ -75,7 +78,7 @@ def _measure(width: int, rank: int, population_size: int, n_layers: int, repetit
         for first in range(0, population_size, noise.slice_size):
             rows = x[first : first + noise.slice_size]
             Population(network, noise, first, len(rows)).members(rows)
-        estimate_gradient(network, noise, utilities)
+        estimate_gradient(parameters, noise, utilities)
 
     peak = _peak_bytes(generation)
     population = Population(network, noise)
@@ -87,7 +90,7 @@ def _measure(width: int, rank: int, population_size: int, n_layers: int, repetit
         "plain": lambda: network(x),
         "lowrank": lambda: members(x),
         "dense": lambda: _dense(network, noise, x[:n_dense]),
-        "update": lambda: estimate_gradient(network, noise, utilities),
+        "update": lambda: estimate_gradient(parameters, noise, utilities),
     }
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for repetition in range(repetitions + 1):

@@ -22,7 +22,7 @@ from eggroll_rl.actor import Actor
 from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory
 from eggroll_rl.es import one_thread
-from eggroll_rl.lowrank import Population
+from eggroll_rl.population import Population
 from eggroll_rl.rollout import load_generation
 from eggroll_rl.sb3_vec_env import Sb3VecEnv
 from eggroll_rl.workers import make_evaluator

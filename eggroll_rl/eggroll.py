@@ -23,7 +23,8 @@ from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import EvolutionStrategy, check_positive, one_thread
 from eggroll_rl.fitness import FitnessShaping
 from eggroll_rl.normalization import Moments
-from eggroll_rl.policies import POLICIES, MlpPolicy, check_spaces
+from eggroll_rl.policies import MlpPolicy, check_spaces
+from eggroll_rl.recurrent import POLICIES
 from eggroll_rl.rollout import Generation
 from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, check_segment_steps, make_scorer
 from eggroll_rl.settings import check_given, check_settings, find_optimizer, make_schedule
@@ -48,8 +49,8 @@ class EGGROLL(BaseAlgorithm):
     same to the bit for any number of workers. A ready-made env or ``VecEnv`` is stepped as it is, in this
     process (*compatible* mode): it resets by itself and keeps its own seeding, so only the noise is reproducible.
 
-    :param policy: ``"MlpPolicy"``, ``"LinearPolicy"``, for a Dict of observations ``"MultiInputPolicy"``, or a subclass
-        of :class:`eggroll_rl.policies.MlpPolicy`
+    :param policy: ``"MlpPolicy"``, ``"LinearPolicy"``, ``"CnnPolicy"`` for images, ``"MultiInputPolicy"`` for a Dict of
+        observations, ``"RecurrentPolicy"`` with memory, or a subclass of :class:`eggroll_rl.policies.MlpPolicy`
     :param env: id (``"module:Id-v0"`` works), ``EnvSpec``, function that returns an env, env, or ``VecEnv``
     :param population_size: members per generation, even; not pairs. None is 64. In segments it is per layer and update,
         at most as many as the layer is wide, and None is 16
@@ -181,8 +182,12 @@ class EGGROLL(BaseAlgorithm):
         self.last_generation = {"ep_rew_mean": math.nan, "ep_len_mean": math.nan}  # of the episodes that ended last
         self.scorer_state: dict[str, torch.Tensor] = {}  # of a loaded model, until there is an env
         made, factory = self._make_env(env, env_kwargs)
-        if policy == "MlpPolicy" and made is not None and isinstance(made.observation_space, spaces.Dict):
-            raise ConfigError(f"policy must be 'MultiInputPolicy' for {made.observation_space}, got 'MlpPolicy'")
+        if (
+            policy in ("MlpPolicy", "CnnPolicy")
+            and made is not None
+            and isinstance(made.observation_space, spaces.Dict)
+        ):
+            raise ConfigError(f"policy must be 'MultiInputPolicy' for {made.observation_space}, got {policy!r}")
         if made is not None and factory is None and max_episode_steps is not None:
             raise ConfigError("max_episode_steps needs an env given by id or function; this one is already made")
         self._factory = factory
@@ -198,7 +203,7 @@ class EGGROLL(BaseAlgorithm):
             device=device,
             support_multi_env=True,
             seed=seed,
-            supported_action_spaces=(spaces.Box, spaces.Discrete),
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
         if _init_setup_model:
             self._setup_model()
@@ -342,6 +347,7 @@ class EGGROLL(BaseAlgorithm):
             max_grad_norm=self.max_grad_norm,
             fitness_shaping=self.fitness_shaping,
             best_fraction=self.best_fraction,
+            track_best=False,
             slice_size=self.slice_size,
         )
         self._scorer = None

@@ -9,10 +9,12 @@ which is the paper's Eq. 6 with 1/sigma absorbed in the learning rate. Hyperscal
 """
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -22,10 +24,11 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from eggroll_rl.errors import ConfigError, NonFiniteError
-from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping
-from eggroll_rl.lowrank import Noise, Population, estimate_gradient, perturbed_parameters
-
-GenerationSchedule = Callable[[int], float]
+from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping, standardize_groups
+from eggroll_rl.lowrank import ParamFilter, estimate_gradient, perturbed_parameters
+from eggroll_rl.noise import Noise, NoiseFamily, make_family
+from eggroll_rl.population import Population
+from eggroll_rl.schedules import GenerationSchedule
 
 
 def check_population(population_size: int, rank: int, slice_size: int) -> None:
@@ -54,6 +57,19 @@ def check_fraction(name: str, value: object) -> None:
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:  # type: ignore[operator]
         raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
+@dataclass(frozen=True)
+class BestMember:
+    """The member with the highest fitness of all generations so far, by its own score, which luck is part of.
+
+    :param parameters: its perturbed parameters, by name
+    """
+
+    fitness: float
+    generation: int
+    member: int
+    parameters: dict[str, Tensor]
 
 
 def _flat(values: Mapping[str, Tensor]) -> Tensor:
@@ -96,20 +112,36 @@ class EvolutionStrategy:
     >>> outputs = population.forward(inputs)  # (256, batch, ...), one call
     >>> metrics = es.tell(fitness)  # (256,), higher is better
 
-    :param module: Linear layers and activations, in any arrangement. Parameters that do not require grad stay
-        as they are. Its parameters always hold the mean, except inside :meth:`step`'s calls of ``fitness_fn``;
-        ``self.parameters`` are those that are perturbed, by name
+    Linear, convolution, embedding, recurrent and attention layers are perturbed by factors; all other parameters, of
+    any module, by noise of their own shape. Frozen parameters stay, tied ones stay tied.
+
+    :param module: anything whose forward is a function of its inputs and parameters; see
+        :mod:`eggroll_rl.population`. Its parameters always hold the mean, except inside :meth:`step`'s calls of
+        ``fitness_fn``; ``self.parameters`` are those that are perturbed, by name
     :param population_size: members N per generation, even; not pairs
-    :param sigma: scale of the perturbation, or a function of the generation
+    :param sigma: scale of the perturbation, or a function of the generation (:mod:`eggroll_rl.schedules`)
     :param rank: rank of each weight matrix's perturbation, clamped to its smaller side
-    :param learning_rate: the optimizer's step size, or a function of the generation
+    :param learning_rate: the optimizer's step size, or a function of the generation; not with an optimizer that is
+        made already, nor with ``lr_scheduler``: they have their own
     :param seed: determines all noise; None draws one, kept in ``self.seed``
-    :param optimizer: any ``torch.optim`` class
+    :param optimizer: any ``torch.optim`` class, or an optimizer of the module's parameters
     :param optimizer_kwargs: more arguments for the optimizer
     :param weight_decay: passed to the optimizer
     :param max_grad_norm: clip the gradient's global norm
     :param fitness_shaping: a name in :data:`eggroll_rl.fitness.FITNESS_SHAPING` or a function of fitness (N,)
     :param best_fraction: share of pairs that ``fitness_shaping="best_fraction"`` keeps
+    :param group_size: members per group, even, for ``fitness_shaping="standardize"``: each is compared with the mean of
+        its group, in units of the deviation of all
+    :param baseline: evaluate the first two members of each group, or of the population, at the mean itself, and compare
+        the others with these; as ``group_size`` for ``"standardize"``
+    :param noise: a name in :data:`eggroll_rl.noise.FAMILIES` or a :class:`eggroll_rl.noise.NoiseFamily`
+    :param antithetic: evaluate each direction forwards and backwards, as members 2k and 2k + 1; else each member has a
+        direction of its own
+    :param noise_reuse: generations that share the same noise: 1 is new noise each time, 0 the same for ever
+    :param param_filter: ``param_filter(name, parameter)`` says what is perturbed, of what requires grad
+    :param freeze_nonmatrix: perturb weight matrices alone
+    :param lr_scheduler: function that makes a torch scheduler of the optimizer; it is stepped after each update
+    :param track_best: keep the best member of all generations in ``self.best``
     :param slice_size: members per slice (even), for those who evaluate slice by slice
     :raises ConfigError: a setting is wrong
     :raises UnsupportedModuleError: a layer cannot be perturbed exactly
@@ -121,46 +153,113 @@ class EvolutionStrategy:
         population_size: int = 64,
         sigma: float | GenerationSchedule = 0.05,
         rank: int = 1,
-        learning_rate: float | GenerationSchedule = 0.03,
+        learning_rate: float | GenerationSchedule | None = None,
         seed: int | None = None,
-        optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
         fitness_shaping: str | FitnessShaping = "centered_rank",
         best_fraction: float | None = None,
+        group_size: int | None = None,
+        baseline: bool = False,
+        noise: str | NoiseFamily = "lowrank",
+        antithetic: bool = True,
+        noise_reuse: int = 1,
+        param_filter: ParamFilter | None = None,
+        freeze_nonmatrix: bool = False,
+        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        track_best: bool = True,
         slice_size: int = 64,
     ):
         check_population(population_size, rank, slice_size)
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
         check_whole("seed", seed, 0)
+        check_whole("noise_reuse", noise_reuse, 0)
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
-        self.module = module
+        # torch.compile's wrapper computes the module that it wraps, whatever stands in it.
+        self.module: nn.Module = getattr(module, "_orig_mod", module)
         self.population_size = population_size
         self.rank = rank
         self.seed = seed
         self.slice_size = slice_size
         self.max_grad_norm = max_grad_norm
-        self.fitness_shaping = make_fitness_shaping(fitness_shaping, best_fraction)
+        self.antithetic = antithetic
+        self.noise_reuse = noise_reuse
+        self.family = make_family(noise, rank)
+        self.fitness_shaping = self._shaping(fitness_shaping, best_fraction, group_size, baseline)
+        self._in_groups = baseline or group_size is not None
+        self.baseline_group = (group_size or population_size) if baseline else 0
         self.generation = 0
-        self._sigma = sigma
-        self._learning_rate = learning_rate
-        self.parameters = {p.name: p.parameter for p in perturbed_parameters(module)}
+        self.best: BestMember | None = None
+        self.missing: list[int] = []
+        self.track_best = track_best
+        self._perturbed = perturbed_parameters(self.module, param_filter, freeze_nonmatrix)
+        self.parameters = {p.name: p.parameter for p in self._perturbed}
         self._population: Population | None = None
-        for name, value in (("sigma", sigma), ("learning_rate", learning_rate)):
+        self._last_step: Tensor | None = None
+        own_rate = isinstance(optimizer, torch.optim.Optimizer)
+        if learning_rate is not None and own_rate:
+            raise ConfigError(f"learning_rate={learning_rate!r}: the optimizer that was given has its own")
+        if callable(learning_rate) and lr_scheduler is not None:
+            raise ConfigError("learning_rate must be a number where lr_scheduler changes it")
+        self._sigma = sigma
+        self._learning_rate = 0.03 if learning_rate is None else learning_rate
+        for name, value in (("sigma", sigma), ("learning_rate", self._learning_rate)):
             if not callable(value):
                 check_positive(name, value)
+        self.optimizer = self._make_optimizer(optimizer, optimizer_kwargs, weight_decay)
+        self._sets_rate = not own_rate and lr_scheduler is None
+        self.lr_scheduler = None if lr_scheduler is None else lr_scheduler(self.optimizer)
+
+    def _shaping(
+        self, shaping: str | FitnessShaping, best_fraction: float | None, group_size: int | None, baseline: bool
+    ) -> FitnessShaping:
+        made = make_fitness_shaping(shaping, best_fraction)
+        if not self.antithetic and shaping in ("best_fraction", "pair_rank", "sign_of_pair"):
+            raise ConfigError(f"fitness_shaping={shaping!r} compares the members of pairs: it needs antithetic=True")
+        if group_size is None and not baseline:
+            return made
+        for name, value in (("group_size", group_size), ("baseline", baseline)):
+            if value and shaping != "standardize":
+                raise ConfigError(f"{name}={value!r} needs fitness_shaping='standardize', got {shaping!r}")
+        if group_size is not None:
+            check_whole("group_size", group_size, 4 if baseline else 2)
+            if group_size % 2 or self.population_size % group_size:
+                raise ConfigError(
+                    f"group_size must be even and divide population_size {self.population_size}, got {group_size}"
+                )
+        elif self.population_size < 4:
+            raise ConfigError(f"baseline needs a population_size of at least 4, got {self.population_size}")
+        return functools.partial(standardize_groups, group_size=group_size or self.population_size, baseline=baseline)
+
+    def _make_optimizer(
+        self, optimizer: Any, optimizer_kwargs: dict[str, Any] | None, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        made = isinstance(optimizer, torch.optim.Optimizer)
+        kind = type(optimizer) if made else optimizer
+        has_decay = "weight_decay" in inspect.signature(kind).parameters
+        if weight_decay and not has_decay:
+            raise ConfigError(f"weight_decay={weight_decay!r}: {kind.__name__} has no weight decay")
+        if inspect.signature(kind.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise ConfigError(f"optimizer {kind.__name__} evaluates a loss itself, which evolution has not")
+        if made:
+            if optimizer_kwargs or weight_decay:
+                raise ConfigError(
+                    "optimizer_kwargs and weight_decay are for an optimizer class; this one is made already"
+                )
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            lacking = [name for name, parameter in self.parameters.items() if id(parameter) not in held]
+            if lacking:
+                raise ConfigError(f"the optimizer that was given lacks the parameters {', '.join(lacking)}")
+            return optimizer
         kwargs = {"lr": self.learning_rate, **(optimizer_kwargs or {})}
-        if "weight_decay" in inspect.signature(optimizer).parameters:
+        if has_decay:
             kwargs.setdefault("weight_decay", weight_decay)
-        elif weight_decay:
-            raise ConfigError(f"weight_decay={weight_decay!r}: {optimizer.__name__} has no weight decay")
-        if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
-            raise ConfigError(f"optimizer {optimizer.__name__} evaluates a loss itself, which evolution has not")
         try:
-            self.optimizer = optimizer(list(self.parameters.values()), **kwargs)
+            return optimizer(list(self.parameters.values()), **kwargs)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"optimizer {optimizer.__name__} refuses its settings: {error}") from error
 
@@ -171,62 +270,115 @@ class EvolutionStrategy:
 
     @property
     def learning_rate(self) -> float:
-        """Step size of the current generation."""
+        """Step size of the current generation; the first group's, where optimizer or scheduler have their own."""
+        if not getattr(self, "_sets_rate", True):
+            return float(self.optimizer.param_groups[0]["lr"])
         return self._learning_rate(self.generation) if callable(self._learning_rate) else self._learning_rate
 
     def ask(self) -> Population:
         """Return the current generation's members; the same ones until :meth:`tell`."""
         sigma = self.sigma
         check_positive("sigma", sigma)
-        noise = Noise(self.seed, self.generation, self.population_size, sigma, self.rank, self.slice_size)
+        of_noise = self.generation // self.noise_reuse if self.noise_reuse else 0
+        noise = Noise(
+            self.seed, of_noise, self.population_size, sigma, self.family, self.slice_size, self.antithetic,
+            self.baseline_group,
+        )  # fmt: skip
         if self._population is None or self._population.noise != noise:
-            self._population = Population(self.module, noise)
+            self._population = Population(self.module, noise, parameters=self._perturbed)
         return self._population
 
-    def tell(self, fitness: Tensor | np.ndarray | list[float]) -> dict[str, float]:
+    def tell(
+        self, fitness: Tensor | np.ndarray | list[float] | Mapping[int, float], partial: bool = False
+    ) -> dict[str, float]:
         """Update the mean from the fitness (N,) of the members of :meth:`ask`, higher is better.
 
         The update is transactional: if anything in it is not finite, parameters and optimizer stay as they were.
 
-        :return: fitness_mean, fitness_std, fitness_max, grad_norm (before clipping), update_ratio
-            (norm of the step over the norm of the parameters), sigma, learning_rate
+        :param fitness: of all members, or by member where some gave none
+        :param partial: go on without the members whose fitness is missing or not finite, and without those that
+            they are a pair with; ``self.missing`` names them. Else they are an error
+        :return: fitness_mean, fitness_std, fitness_max, grad_norm (before clipping), update_ratio (norm of the step
+            over the norm of the parameters), update_cosine (with the step before; 0 for the first), sigma,
+            learning_rate; with antithetic pairs pair_snr, the variance of the difference within pairs over the one
+            that independent scores would have: 1 is noise alone
         :raises NonFiniteError: a fitness or the update is NaN or infinite
         """
         if self._population is None:
             raise RuntimeError("tell() without ask(): there is no generation to update from")
-        fitness = torch.as_tensor(fitness, dtype=torch.float64).detach().cpu()
-        if fitness.shape != (self.population_size,):
-            raise ValueError(f"fitness must have shape ({self.population_size},), got {tuple(fitness.shape)}")
-        if not fitness.isfinite().all():
-            member = int((~fitness.isfinite()).nonzero()[0])
-            raise NonFiniteError(
-                f"fitness of member {member} in generation {self.generation} is {fitness[member].item()}: "
-                "nothing was updated"
-            )
+        fitness = self._as_vector(fitness)
+        used = fitness.isfinite()
+        self.missing = (~used).nonzero().flatten().tolist()
+        if self.missing:
+            member = self.missing[0]
+            what = f"fitness of member {member} in generation {self.generation} is {fitness[member].item()}"
+            if not partial:
+                raise NonFiniteError(f"{what}: nothing was updated")
+            if self._in_groups:
+                raise NonFiniteError(f"{what}, and its group cannot be compared without it: nothing was updated")
+            if self.antithetic:
+                used = used.view(-1, 2).all(1).repeat_interleave(2)
+            if used.sum() < 2:
+                raise NonFiniteError(f"{what}, and too few others are left: nothing was updated")
         with one_thread():
-            utilities = self.fitness_shaping(fitness).to(torch.float64)
-            gradient = estimate_gradient(self.module, self._population.noise, utilities)
+            utilities = torch.zeros_like(fitness)
+            shaped = self.fitness_shaping(fitness[used]).to(torch.float64)
+            # The update is a mean over members: over those that are there.
+            utilities[used] = shaped if not self.missing else shaped * (len(fitness) / len(shaped))
+            noise = self._population.noise
+            gradient = estimate_gradient(self._perturbed, noise, utilities)
             grad_norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
-            update_ratio = self._step(gradient, grad_norm)
+            best = self._best_of(fitness, used)  # before the mean moves
+            rate = self.learning_rate
+            update_ratio, cosine = self._step(gradient, grad_norm)
+        self.best = best
+        fitness = fitness[used]
         metrics = {
             "fitness_mean": fitness.mean().item(),
             "fitness_std": fitness.std(correction=0).item(),
             "fitness_max": fitness.max().item(),
             "grad_norm": grad_norm,
             "update_ratio": update_ratio,
-            "sigma": self._population.noise.sigma,
-            "learning_rate": self.learning_rate,
+            "update_cosine": cosine,
+            "sigma": noise.sigma,
+            "learning_rate": rate,
         }
+        if self.antithetic:
+            metrics["pair_snr"] = _pair_snr(fitness)
         self.end_generation()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
         return metrics
 
-    def step(self, fitness_fn: Callable[[nn.Module], float]) -> dict[str, float]:
+    def _as_vector(self, fitness: Any) -> Tensor:
+        if isinstance(fitness, Mapping):
+            outside = [member for member in fitness if not (_is_int(member) and 0 <= member < self.population_size)]
+            if outside:
+                raise ValueError(f"fitness names member {outside[0]!r}; members are 0 .. {self.population_size - 1}")
+            fitness = [fitness.get(member, math.nan) for member in range(self.population_size)]
+        vector = torch.as_tensor(fitness, dtype=torch.float64).detach().cpu()
+        if vector.shape != (self.population_size,):
+            raise ValueError(f"fitness must have shape ({self.population_size},), got {tuple(vector.shape)}")
+        return vector
+
+    def _best_of(self, fitness: Tensor, used: Tensor) -> BestMember | None:
+        if not self.track_best:
+            return None
+        member = int(torch.where(used, fitness, -math.inf).argmax())
+        score = fitness[member].item()
+        if self.best is not None and score <= self.best.fitness:
+            return self.best
+        assert self._population is not None
+        return BestMember(score, self.generation, member, self._population.parameters_of(member))
+
+    def step(self, fitness_fn: Callable[[nn.Module], float], evaluate_mean: bool = False) -> dict[str, float]:
         """Run one generation, one member at a time: ``fitness_fn(module)`` sees the member's parameters.
 
         The mean is put back exactly, whatever ``fitness_fn`` raises. :meth:`ask` with
         ``population.forward`` evaluates all members in one call and is much faster.
 
-        :return: as :meth:`tell`
+        :param evaluate_mean: call it once more after the update
+        :return: as :meth:`tell`; with ``evaluate_mean`` also fitness_of_mean
         """
         population = self.ask()
         mean = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -239,7 +391,10 @@ class EvolutionStrategy:
                 fitness.append(float(fitness_fn(self.module)))
         finally:
             self.set_parameters(mean)
-        return self.tell(fitness)
+        metrics = self.tell(fitness)
+        if evaluate_mean:
+            metrics["fitness_of_mean"] = float(fitness_fn(self.module))
+        return metrics
 
     def end_generation(self) -> None:
         """Go on to the next generation, for those who update the parameters themselves."""
@@ -248,17 +403,25 @@ class EvolutionStrategy:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what, beside the module's own state, continues the run to the bit."""
-        return {"seed": self.seed, "generation": self.generation, "optimizer": self.optimizer.state_dict()}
+        state = {"seed": self.seed, "generation": self.generation, "optimizer": self.optimizer.state_dict()}
+        state |= {"best": None if self.best is None else vars(self.best), "last_step": self._last_step}
+        if self.lr_scheduler is not None:
+            state["lr_scheduler"] = self.lr_scheduler.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.seed, self.generation = state["seed"], state["generation"]
+        best = state.get("best")
+        self.best, self._last_step = None if best is None else BestMember(**best), state.get("last_step")
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self._population = None
 
     @torch.no_grad()
-    def _step(self, gradient: dict[str, Tensor], grad_norm: float) -> float:
-        """Apply the gradient or raise and change nothing; return the update ratio."""
+    def _step(self, gradient: dict[str, Tensor], grad_norm: float) -> tuple[float, float]:
+        """Apply the gradient or raise and change nothing; return the update ratio and the cosine with the last step."""
         if not math.isfinite(grad_norm):
             raise NonFiniteError(f"the update of generation {self.generation} is not finite: nothing was updated")
         clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-12))
@@ -270,8 +433,9 @@ class EvolutionStrategy:
         for name, parameter in self.parameters.items():
             # torch minimises, we maximise.
             parameter.grad = gradient[name].mul(-clip).to(parameter.dtype)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        if self._sets_rate:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         now = _flat(self.parameters)
@@ -287,11 +451,25 @@ class EvolutionStrategy:
                     del group[key]
                 group.update(kept)
             raise NonFiniteError(f"the step of generation {self.generation} is not finite: nothing was updated")
-        step, size = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (now - was, was))
-        return step / size if size > 0 else math.inf
+        moved = now - was
+        step, size = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (moved, was))
+        cosine = 0.0
+        if self._last_step is not None:
+            cosine = torch.cosine_similarity(moved.double(), self._last_step.double(), dim=0).item()
+        self._last_step = moved
+        return (step / size if size > 0 else math.inf), cosine
 
     @torch.no_grad()
     def set_parameters(self, values: dict[str, Tensor]) -> None:
         """Copy the mean from tensors by name."""
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+
+
+def _pair_snr(fitness: Tensor) -> float:
+    pairs = fitness.view(-1, 2)
+    # Of independent scores of variance v, the differences have 2v, and the means v/2.
+    difference, mean = ((pairs[:, 0] - pairs[:, 1]).square().mean(), pairs.mean(1).var(correction=0))
+    if difference == 0:
+        return 0.0
+    return (difference / (4 * mean)).item() if mean > 0 else math.inf

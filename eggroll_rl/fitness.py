@@ -45,6 +45,33 @@ def standardize(fitness: Tensor) -> Tensor:
     return centered / deviation if deviation > 0 else torch.zeros_like(fitness)
 
 
+def standardize_groups(fitness: Tensor, group_size: int, baseline: bool = False) -> Tensor:
+    """Return (f - mean of its group) / deviation of all: for groups of members that are tried on different tasks.
+
+    :param group_size: consecutive members per group; even, so that pairs stay together
+    :param baseline: the first two members of each group are the mean itself: the group is measured against these,
+        and their own utilities are 0
+    """
+    groups = fitness.view(-1, group_size)
+    deviation = (fitness - fitness.mean()).square().mean().sqrt()
+    centered = groups - (groups[:, :2] if baseline else groups).mean(1, keepdim=True)
+    if baseline:
+        centered[:, :2] = 0.0
+    return (centered / deviation).flatten() if deviation > 0 else torch.zeros_like(fitness)
+
+
+def sign_of_pair(fitness: Tensor) -> Tensor:
+    """Return 0.5 for the better member of a pair and -0.5 for the other; 0 if they are equal."""
+    pairs = fitness.view(-1, 2)
+    half = (pairs[:, 0] - pairs[:, 1]).sign() / 2
+    return torch.stack([half, -half], dim=1).flatten()
+
+
+def centered(fitness: Tensor) -> Tensor:
+    """Return the fitness minus its mean."""
+    return fitness - fitness.mean()
+
+
 def none(fitness: Tensor) -> Tensor:
     """Return the fitness as it is."""
     return fitness
@@ -69,7 +96,9 @@ def best_fraction(fitness: Tensor, fraction: float = 0.5) -> Tensor:
 FITNESS_SHAPING: dict[str, FitnessShaping] = {
     "centered_rank": centered_rank,
     "pair_rank": pair_rank,
+    "sign_of_pair": sign_of_pair,
     "standardize": standardize,
+    "centered": centered,
     "none": none,
     "best_fraction": best_fraction,
 }

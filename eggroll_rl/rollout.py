@@ -20,7 +20,7 @@ from gymnasium.vector import VectorEnv
 from eggroll_rl.actor import Actor
 from eggroll_rl.envs import global_generators_kept
 from eggroll_rl.errors import EpisodeError
-from eggroll_rl.lowrank import Noise
+from eggroll_rl.noise import Noise
 from eggroll_rl.normalization import Moments
 from eggroll_rl.observations import finite_rows
 from eggroll_rl.policies import MlpPolicy
@@ -128,8 +128,9 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
             f"step {length_N[row]}, seed {seeds_NE[row, episode_N[row]]}: {what}"
         )
 
-    moments = Moments.zeros(size, policy.n_inputs)
-    seen_TNI = np.empty((_MOMENTS_BLOCK, size, policy.n_inputs))
+    n_measured = 0 if policy.normalizer is None else policy.n_inputs  # of an image the moments would be large
+    moments = Moments.zeros(size, n_measured)
+    seen_TNI = np.empty((_MOMENTS_BLOCK, size, n_measured))
     active_TN = np.empty((_MOMENTS_BLOCK, size), dtype=bool)
     t = 0
     active_N = np.arange(size) < n_members
@@ -142,10 +143,11 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
                 if reset_N is not None:
                     row_seeds = [int(seeds_NE[i, episode_N[i]]) if reset_N[i] else None for i in range(size)]
                     obs, _ = envs.reset(seed=row_seeds, options={"reset_mask": reset_N})  # type: ignore[arg-type]
+                    actor.restart(reset_N)
                     encoded = actor.encode(obs)
                     check_finite(np.zeros(size), encoded, active_N, episode_error)
                     reset_N = None
-                seen_TNI[t], active_TN[t] = encoded, active_N
+                seen_TNI[t], active_TN[t] = encoded[:, :n_measured], active_N
                 t += 1
                 if t == _MOMENTS_BLOCK:
                     moments.add(seen_TNI, active_TN)

@@ -51,7 +51,9 @@ class EpisodeScorer:
         """Tell the core the fitness, and return what there is to log; ``improvement`` is for segments."""
         returns_NE = np.concatenate([result.returns for result in results])
         lengths_NE = np.concatenate([result.lengths for result in results])
-        return es.tell((returns_NE + alive_bonus_offset * lengths_NE).mean(axis=1))
+        metrics = es.tell((returns_NE + alive_bonus_offset * lengths_NE).mean(axis=1))
+        del metrics["update_cosine"]  # with a step that a checkpoint does not keep
+        return metrics
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return what continues a run to the bit: nothing."""

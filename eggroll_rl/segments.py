@@ -19,8 +19,8 @@ from gymnasium.vector import VectorEnv
 
 from eggroll_rl.actor import Actor
 from eggroll_rl.errors import EpisodeError
-from eggroll_rl.lowrank import Noise
 from eggroll_rl.mujoco_vector import MujocoVectorEnv
+from eggroll_rl.noise import Noise
 from eggroll_rl.normalization import Moments
 from eggroll_rl.observations import Observations
 from eggroll_rl.policies import MlpPolicy

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from eggroll_rl.errors import ConfigError, NonFiniteError
 from eggroll_rl.es import EvolutionStrategy, one_thread
-from eggroll_rl.lowrank import is_plain_sequence
+from eggroll_rl.population import is_plain_sequence
 
 _BATCH_STREAM = 8  # spawn keys of the seed, beside those of rollout, critic, scoring and segments
 _FACTOR_STREAM = 9

@@ -9,9 +9,10 @@ from torch import nn
 
 from eggroll_rl.actor import Actor
 from eggroll_rl.es import one_thread
-from eggroll_rl.lowrank import Noise, Population
+from eggroll_rl.noise import LowRank, Noise
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import LinearPolicy, MlpPolicy
+from eggroll_rl.population import Population
 
 N = 6
 OBS = spaces.Box(-np.inf, np.inf, (5,), dtype=np.float64)
@@ -144,7 +145,7 @@ def observed(policy):
 def test_an_actor_does_what_the_members_of_the_policy_do(name, rank):
     torch.manual_seed(0)
     policy = observed(POLICIES[name]())
-    noise = Noise(seed=1, generation=2, population_size=8, sigma=0.5, rank=rank, slice_size=N)
+    noise = Noise(seed=1, generation=2, population_size=8, sigma=0.5, family=LowRank(rank), slice_size=N)
     actor, obs = Actor(policy, noise, 2, N), observations(policy)
     before = obs.copy()
     encoded = actor.encode(obs)
@@ -176,7 +177,7 @@ def test_without_noise_the_mean_policy_acts(name):
 
 def test_actions_are_clipped_to_the_bounds_and_nan_stays():
     policy = MlpPolicy(OBS, BOX, [7], zero_last_layer=False)
-    noise = Noise(seed=1, generation=0, population_size=N, sigma=100.0, rank=1, slice_size=N)
+    noise = Noise(seed=1, generation=0, population_size=N, sigma=100.0, family=LowRank(), slice_size=N)
     obs = observations(policy)
     obs[0] = np.nan
     actions = Actor(policy, noise, 0, N).act(obs)
@@ -188,7 +189,7 @@ def test_actions_are_clipped_to_the_bounds_and_nan_stays():
 @pytest.mark.parametrize("name", POLICIES)
 def test_earlier_actions_keep_their_values(name):
     policy = POLICIES[name]()
-    actor = Actor(policy, Noise(1, 0, N, 0.5, 1, N), 0, N)
+    actor = Actor(policy, Noise(1, 0, N, 0.5, LowRank(), N), 0, N)
     first = actor.act(actor.encode(observations(policy, 0)))
     kept = first.copy()
     actor.act(actor.encode(observations(policy, 1)))
@@ -197,7 +198,7 @@ def test_earlier_actions_keep_their_values(name):
 
 def test_an_actor_keeps_the_normalizer_that_it_was_made_with():
     policy = observed(MlpPolicy(OBS, BOX, [7], zero_last_layer=False))
-    actor, obs = Actor(policy, Noise(1, 0, N, 0.5, 1, N), 0, N), observations(policy)
+    actor, obs = Actor(policy, Noise(1, 0, N, 0.5, LowRank(), N), 0, N), observations(policy)
     before = actor.act(obs)
     observed(policy)
     policy.normalizer.scale.mul_(2)
@@ -217,7 +218,7 @@ def test_numpy_computes_on_one_thread_there_and_on_all_afterwards():
 
 def test_numpys_error_state_is_not_the_policys():
     policy = MlpPolicy(OBS, BOX, [7], normalize_obs=False, zero_last_layer=False)
-    actor = Actor(policy, Noise(1, 0, N, 0.5, 1, N), 0, N)
+    actor = Actor(policy, Noise(1, 0, N, 0.5, LowRank(), N), 0, N)
     obs = np.full((N, 5), 1e-42)
     obs[0] = 1e300
     with np.errstate(all="raise"):

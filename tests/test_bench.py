@@ -13,7 +13,8 @@ from torch import nn
 from eggroll_rl import bench, bench_forward, bench_peers
 from eggroll_rl.bench_plot import check_plot, plot_forward, plot_throughput
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.lowrank import Noise, Population
+from eggroll_rl.noise import LowRank, Noise
+from eggroll_rl.population import Population
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_an_unknown_peer_and_an_unwritable_picture_are_refused(tmp_path):
 
 def test_the_forward_is_compared_with_the_same_members(tmp_path):
     network = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
-    noise, x = Noise(0, 0, 6, 0.1, 2, 6), torch.randn(6, 5)
+    noise, x = Noise(0, 0, 6, 0.1, LowRank(2), 6), torch.randn(6, 5)
     with torch.no_grad():
         assert torch.allclose(bench_forward._dense(network, noise, x), Population(network, noise).members(x), atol=1e-6)
     rows = bench_forward.forward((8, 16), (1, 2), (300,), repetitions=2)

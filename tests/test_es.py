@@ -8,7 +8,7 @@ from torch import nn
 
 from eggroll_rl import EvolutionStrategy
 from eggroll_rl.errors import ConfigError, NonFiniteError
-from eggroll_rl.lowrank import estimate_gradient
+from eggroll_rl.lowrank import estimate_gradient, perturbed_parameters
 
 
 def linear(seed=0):
@@ -50,7 +50,7 @@ def test_every_torch_optimizer_gets_the_negative_estimate():
         ours, reference = linear(), linear()
         es = EvolutionStrategy(ours, 8, learning_rate=0.1, seed=0, optimizer=optimizer, fitness_shaping="standardize")
         z = (fitness.double() - fitness.double().mean()) / fitness.double().std(correction=0)
-        gradient = estimate_gradient(ours, es.ask().noise, z)
+        gradient = estimate_gradient(perturbed_parameters(ours), es.ask().noise, z)
         torch_optimizer = optimizer(reference.parameters(), lr=0.1, weight_decay=0.0)
         for name, p in reference.named_parameters():
             p.grad = -gradient[name]

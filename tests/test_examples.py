@@ -5,13 +5,17 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ARGUMENTS = {"02_train_halfcheetah.py": ["1"]}  # one generation
+FEW = {
+    "02_train_halfcheetah.py": ["1"],  # one generation
+    "03_classify_digits.py": ["--generations", "2"],
+    "04_cartpole_without_velocities.py": ["--total-timesteps", "1"],
+}
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted(EXAMPLES.glob("*.py"))])
 def test_every_example_runs_and_is_short(name, tmp_path):
     path = EXAMPLES / name
     assert len(path.read_text().splitlines()) < 60
-    command = [sys.executable, path, *ARGUMENTS.get(name, [])]
+    command = [sys.executable, path, *FEW.get(name, [])]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -68,7 +68,9 @@ def test_permuting_pairs_permutes_utilities(name):
 
 
 def test_unknown_shaping_is_refused_with_the_known_names():
-    with pytest.raises(ConfigError, match="centered_rank, pair_rank, standardize, none, best_fraction.*'ranks'"):
+    with pytest.raises(
+        ConfigError, match="centered_rank, pair_rank, sign_of_pair, standardize, centered, none, best_fraction.*'ranks'"
+    ):
         make_fitness_shaping("ranks")
 
 

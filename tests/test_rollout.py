@@ -9,13 +9,14 @@ import toy
 
 from eggroll_rl.envs import env_factory
 from eggroll_rl.errors import EpisodeError
-from eggroll_rl.lowrank import Noise, Population
+from eggroll_rl.noise import LowRank, Noise
 from eggroll_rl.policies import MlpPolicy
+from eggroll_rl.population import Population
 from eggroll_rl.rollout import Generation, episode_seeds, rollout
 
 
 def make(source=toy.make_target, n_eval_episodes=2, **changes):
-    values = {"seed": 5, "generation": 3, "population_size": 6, "sigma": 0.3, "rank": 1, "slice_size": 4}
+    values = {"seed": 5, "generation": 3, "population_size": 6, "sigma": 0.3, "family": LowRank(), "slice_size": 4}
     noise = Noise(**(values | changes))
     factory = env_factory(source)
     env = factory()

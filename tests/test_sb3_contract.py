@@ -131,7 +131,7 @@ def test_unsupported_action_spaces_are_refused(name):
     """An action space that is not supported, or has infinite bounds, is refused at once."""
 
     class Env(toy.TargetEnv):
-        action_space = spaces.MultiDiscrete([2, 2])
+        action_space = spaces.Dict(a=spaces.Discrete(2))
 
     class Unbounded(toy.TargetEnv):
         action_space = spaces.Box(-np.inf, np.inf, (2,))
