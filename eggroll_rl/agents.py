@@ -31,8 +31,9 @@ from gymnasium import spaces
 from safetensors import SafetensorError
 from torch import Tensor
 
-from eggroll_rl.errors import EggrollError, RunFolderError
-from eggroll_rl.policies import POLICIES, MlpPolicy
+from eggroll_rl.errors import ConfigError, EggrollError, RunFolderError
+from eggroll_rl.policies import MlpPolicy
+from eggroll_rl.recurrent import POLICIES
 
 RUN_FILES = {
     "config.toml", "policy.safetensors", "best.safetensors", "training.safetensors", "progress.csv",
@@ -133,6 +134,12 @@ def save_policy(path: Path, policy: MlpPolicy, about: dict[str, Any]) -> None:
     kwargs = policy._get_constructor_parameters()
     spaces_ = {name: space_to_json(kwargs.pop(name)) for name in ("observation_space", "action_space")}
     kwargs["activation_fn"] = kwargs["activation_fn"].__name__
+    extractor = kwargs.get("features_extractor_class")
+    if extractor is not None and not isinstance(extractor, str):
+        raise ConfigError(
+            f"features_extractor_class {extractor.__name__} is a class of your own, which a run folder cannot hold, as "
+            "loading it executes nothing: use model.save()"
+        )
     description = {"policy": type(policy).__name__, "policy_kwargs": kwargs, **spaces_, **about}
     save_tensors(path, "policy", policy.state_dict(), description)
 

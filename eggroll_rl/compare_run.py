@@ -28,7 +28,7 @@ from eggroll_rl.config import RunConfig, check_names
 from eggroll_rl.envs import EnvFactory, read_toml
 from eggroll_rl.errors import ConfigError, EggrollError
 from eggroll_rl.es import check_positive, check_whole
-from eggroll_rl.evaluation import batched, evaluate, find_algorithm
+from eggroll_rl.evaluation import acting, batched, evaluate, find_algorithm
 from eggroll_rl.machine import machine, versions
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.sb3_export import export_policy
@@ -232,7 +232,7 @@ def hold(model: Any, timesteps: int = 0, seconds: float = 0.0) -> _Held:
     else:
         if policy is model.policy:
             policy = policy.replica()
-        return _Held(timesteps, seconds, policy, batched(lambda obs: policy.predict(obs)[0]))
+        return _Held(timesteps, seconds, policy, acting(policy))
     own, normalizer = copy.deepcopy(model.policy), model.get_vec_normalize_env()
     obs_rms = copy.deepcopy(getattr(normalizer, "obs_rms", None))
 

@@ -120,7 +120,9 @@ class RunConfig:
         policy_kwargs = model.policy._get_constructor_parameters()
         policy_kwargs["activation_fn"] = policy_kwargs["activation_fn"].__name__
         settings["policy"] = type(model.policy).__name__
-        settings["policy_kwargs"] = {n: v for n, v in policy_kwargs.items() if not n.endswith("_space")}
+        settings["policy_kwargs"] = {
+            n: v for n, v in policy_kwargs.items() if not n.endswith("_space") and v is not None
+        }
         settings["optimizer"] = model.optimizer.__name__
         settings["device"] = str(settings["device"])
         settings["population_size"], settings["slice_size"] = model.population_size, model.slice_size

@@ -67,24 +67,45 @@ class Evaluation:
         }
 
 
-def batched(predict: Predict) -> Predict:
-    """Call ``predict`` with a constant number of rows, padded.
+def batched(predict: Predict) -> "Acting":
+    """Return the actions of a function without memory; see :class:`Acting`."""
+    return Acting(lambda obs, state: (predict(obs), None))
+
+
+def acting(model: Any) -> "Acting":
+    """Return the deterministic actions of a policy, or of a model of SB3's."""
+    return Acting(lambda obs, state: model.predict(obs, state=state, deterministic=True))
+
+
+class Acting:
+    """Actions for observations (n, ...), n up to 32, of episodes that began together, with a constant number of rows.
 
     Floating point rounds differently for another batch, and MuJoCo makes another episode of it: this way the
     episode of a seed is the same alone, among others, and in a video. On AMD's CPUs MKL rounds a small layer's rows
     differently by their place in the batch too: there it is the same only in the same place.
+
+    :param predict: observations and the state, None at first, to actions and the next state
     """
 
-    def pad(part: np.ndarray) -> np.ndarray:
-        padded = np.zeros((_BATCH, *part.shape[1:]), part.dtype)
-        padded[: len(part)] = part
-        return padded
+    def __init__(self, predict: Callable[[Observations, Any], tuple[np.ndarray, Any]]):
+        self._predict = predict
+        self._state: Any = None
 
-    def constant(obs: Observations) -> np.ndarray:
+    def restart(self) -> None:
+        """Begin new episodes."""
+        self._state = None
+
+    def __call__(self, obs: Observations) -> np.ndarray:
+        """Return the actions (n, ...)."""
         n_rows = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
-        return predict(map_arrays(pad, obs))[:n_rows]
+        actions, self._state = self._predict(map_arrays(_pad, obs), self._state)
+        return actions[:n_rows]
 
-    return constant
+
+def _pad(rows: np.ndarray) -> np.ndarray:
+    padded = np.zeros((_BATCH, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    return padded
 
 
 def evaluate(predict: Predict, factory: EnvFactory, seeds: Sequence[int], plain: bool = False) -> Evaluation:
@@ -109,6 +130,8 @@ def evaluate(predict: Predict, factory: EnvFactory, seeds: Sequence[int], plain:
 
 
 def _episodes(predict: Predict, envs: Any, seeds: list[int], returns: np.ndarray, lengths: np.ndarray) -> None:
+    if isinstance(predict, Acting):
+        predict.restart()
     idle = envs.num_envs - len(seeds)
     active = np.arange(envs.num_envs) < len(seeds)
     obs, _ = envs.reset(seed=seeds + [None] * idle, options={"reset_mask": active})
@@ -175,7 +198,7 @@ def load_agent(
         same = (seen, env.action_space) == (policy.observation_space, policy.action_space)
     if env_id is not None and not same:
         raise ConfigError(f"{env_id} has other spaces than {path} was trained on")
-    return Agent(path.name, batched(lambda obs: policy.predict(obs)[0]), factory, policy)
+    return Agent(path.name, acting(policy), factory, policy)
 
 
 def _load_sb3(
@@ -201,7 +224,7 @@ def _load_sb3(
             vec_normalize = next((candidate for candidate in beside if candidate.exists()), None)
         if vec_normalize is None:
             policy = model.policy if isinstance(model.policy, MlpPolicy) else None
-            return Agent(path.stem, batched(lambda obs: model.predict(obs, deterministic=True)[0]), factory, policy)
+            return Agent(path.stem, acting(model), factory, policy)
         statistics = VecNormalize.load(str(vec_normalize), DummyVecEnv([factory]))
     except Exception as error:  # anything can come out of a pickle
         raise RunFolderError(f"cannot load {path} as {algo}: {type(error).__name__}: {error}") from error

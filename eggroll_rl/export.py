@@ -42,6 +42,8 @@ def export_file(policy: MlpPolicy, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ConfigError(f"the file must end in {' or '.join(FORMATS)}, got {path}")
+    if policy.state_size:
+        raise ConfigError(f"{type(policy).__name__} has a memory, which an exported file would not carry")
     deployed = _Deployed(policy.replica()).eval().requires_grad_(False)
     space = policy.observation_space
     names = list(space.spaces) if isinstance(space, spaces.Dict) else ["obs"]

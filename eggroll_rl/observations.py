@@ -58,10 +58,15 @@ def is_plain(space: spaces.Space) -> bool:
     return isinstance(space, spaces.Box) and not is_image_space(space)
 
 
-def measured(space: spaces.Space) -> Tensor:
-    """Say which of the I numbers are measurements (I,), which can be normalized, and not of a one-hot code."""
+def measured(space: spaces.Space, images: bool = True) -> Tensor:
+    """Say which of the I numbers are measurements (I,), which can be normalized, and not of a one-hot code.
+
+    :param images: normalize those too
+    """
     parts = [part for _, part in _parts(space)]
-    return torch.cat([torch.full((get_flattened_obs_dim(part),), isinstance(part, spaces.Box)) for part in parts])
+    chosen = [isinstance(part, spaces.Box) and (images or not is_image_space(part)) for part in parts]
+    sizes = [get_flattened_obs_dim(part) for part in parts]
+    return torch.cat([torch.full((size,), which) for size, which in zip(sizes, chosen, strict=True)])
 
 
 def encode(obs: Any, space: spaces.Space) -> Tensor:
@@ -77,6 +82,15 @@ def encode(obs: Any, space: spaces.Space) -> Tensor:
             obs = (obs - int(space.start)).clamp(0, int(space.n) - 1)
         obs = preprocess_obs(obs, space)
     return obs if obs.dim() == 2 else obs.flatten(1)
+
+
+def decode(rows: Tensor, space: spaces.Space) -> Any:
+    """Turn rows (N, I) back into what SB3's feature extractors take: images (N, C, H, W), and a Dict as one."""
+    if isinstance(space, spaces.Dict):
+        sizes = [count_inputs(part) for part in space.spaces.values()]
+        parts = zip(space.spaces.items(), rows.split(sizes, dim=1), strict=True)
+        return {key: decode(part_rows, part) for (key, part), part_rows in parts}
+    return rows.unflatten(1, space.shape) if is_image_space(space) and space.shape is not None else rows
 
 
 def as_policies_see(obs: Observations, space: spaces.Space) -> Observations:

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from torch import Tensor, nn
 
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.normalization import ObsNormalizer
-from eggroll_rl.observations import check_observation_space, count_inputs, encode, measured
+from eggroll_rl.observations import check_observation_space, count_inputs, decode, encode, measured
 
+EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {"NatureCNN": NatureCNN, "CombinedExtractor": CombinedExtractor}
 ACTIVATIONS = {name.lower(): getattr(nn, name) for name in ("Tanh", "ReLU", "ELU", "GELU", "SiLU", "LeakyReLU")}
 
 
@@ -30,8 +33,20 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
                 f"action space {action_space} is unbounded; wrap the env in gymnasium.wrappers.ClipAction's "
                 "finite counterpart RescaleAction, or give it finite bounds"
             )
-    elif not isinstance(action_space, spaces.Discrete):
-        raise ConfigError(f"action space {action_space} is not supported; supported are Box and Discrete")
+    elif isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim > 1:
+        raise ConfigError(f"action space {action_space} must be one-dimensional")
+    elif not isinstance(action_space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        known = "Box, Discrete, MultiDiscrete and MultiBinary"
+        raise ConfigError(f"action space {action_space} is not supported; supported are {known}")
+
+
+def count_outputs(action_space: spaces.Space) -> int:
+    """Return O: one per entry of a Box or MultiBinary, one per choice of the others."""
+    if isinstance(action_space, spaces.Discrete):
+        return int(action_space.n)
+    if isinstance(action_space, spaces.MultiDiscrete):
+        return int(action_space.nvec.sum())
+    return math.prod(action_space.shape or ())
 
 
 def find_activation(activation_fn: str | type[nn.Module]) -> type[nn.Module]:
@@ -43,24 +58,51 @@ def find_activation(activation_fn: str | type[nn.Module]) -> type[nn.Module]:
     return activation_fn
 
 
+def find_extractor(extractor: str | type[BaseFeaturesExtractor]) -> type[BaseFeaturesExtractor]:
+    """Look up a features extractor by name; a class passes through."""
+    if not isinstance(extractor, str):
+        return extractor
+    if extractor not in EXTRACTORS:
+        raise ConfigError(f"features_extractor_class must be one of {', '.join(EXTRACTORS)}, got {extractor!r}")
+    return EXTRACTORS[extractor]
+
+
+class Extracted(nn.Module):
+    """A features extractor of SB3's on rows of encoded observations, and layers behind it."""
+
+    def __init__(self, space: spaces.Space, extractor: nn.Module, head: nn.Module):
+        super().__init__()
+        self.space, self.extractor, self.head = space, extractor, head
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map rows (N, I) to outputs (N, O)."""
+        return self.head(self.extractor(decode(rows, self.space)))
+
+
 class MlpPolicy(BasePolicy):
     """Deterministic MLP from normalized observations to actions.
 
     Box actions: the output is clipped to [-1, 1] (or squashed by tanh) and mapped linearly onto the space's
-    bounds. Discrete actions: argmax. ``deterministic`` in :meth:`predict` changes nothing.
+    bounds. Discrete actions: argmax, of each part where they are MultiDiscrete. MultiBinary: 1 where the output is
+    above 0. ``deterministic`` in :meth:`predict` changes nothing.
 
     :param observation_space: Box of any shape (flattened), Discrete, MultiDiscrete or MultiBinary (one-hot), or a Dict
         of these, joined
-    :param action_space: bounded Box or Discrete
+    :param action_space: bounded Box, Discrete, MultiDiscrete or MultiBinary
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation between layers, a class or a name in ``ACTIVATIONS``
     :param normalize_obs: normalize observations by running moments, but for one-hot codes
     :param squash_output: tanh instead of clipping
     :param with_bias: give the layers biases
     :param zero_last_layer: start with the last layer at zero: the mean of the action bounds, for every observation
+    :param features_extractor_class: SB3's or your own, a class or a name in ``EXTRACTORS``, before the layers; images
+        are then not normalized but in [0, 1]
+    :param features_extractor_kwargs: more arguments for it
     :raises ConfigError: a space is not supported
     """
 
+    state_size = 0  # numbers that a policy with memory carries from step to step
+    network: Any  # a Sequential, or whatever a subclass makes
     _action_middle: Tensor
     _action_half_range: Tensor
 
@@ -74,6 +116,8 @@ class MlpPolicy(BasePolicy):
         squash_output: bool = False,
         with_bias: bool = True,
         zero_last_layer: bool = True,
+        features_extractor_class: str | type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
     ):
         check_spaces(observation_space, action_space)
         super().__init__(
@@ -89,12 +133,14 @@ class MlpPolicy(BasePolicy):
         self.zero_last_layer = zero_last_layer
         self.normalize_obs = normalize_obs
         self.n_inputs = count_inputs(observation_space)
-        which = measured(observation_space)
+        self.extractor_class = None if features_extractor_class is None else find_extractor(features_extractor_class)
+        self.extractor_kwargs = features_extractor_kwargs
+        if features_extractor_kwargs and self.extractor_class is None:
+            raise ConfigError(f"features_extractor_kwargs={features_extractor_kwargs} needs a features_extractor_class")
+        which = measured(observation_space, images=self.extractor_class is None)
         self.normalizer = ObsNormalizer(self.n_inputs, which=which) if normalize_obs and which.any() else None
-        self.n_outputs = (
-            int(action_space.n) if isinstance(action_space, spaces.Discrete) else math.prod(action_space.shape or ())
-        )
-        self.network = self._make_network([self.n_inputs, *self.net_arch, self.n_outputs])
+        self.n_outputs = count_outputs(action_space)
+        self.network = self._make_network()
         if isinstance(action_space, spaces.Box):
             low, high = (
                 torch.as_tensor(b, dtype=torch.float32).flatten() for b in (action_space.low, action_space.high)
@@ -103,7 +149,21 @@ class MlpPolicy(BasePolicy):
             self.register_buffer("_action_middle", (low + high) / 2, persistent=False)
             self.register_buffer("_action_half_range", (high - low) / 2, persistent=False)
 
-    def _make_network(self, sizes: list[int]) -> nn.Sequential:
+    def _make_network(self) -> nn.Module:
+        """Return the network from rows (N, I) to outputs (N, O)."""
+        if self.extractor_class is None:
+            return self._make_layers([self.n_inputs, *self.net_arch, self.n_outputs], self.zero_last_layer)
+        kwargs = self.extractor_kwargs or {}
+        try:
+            extractor = self.extractor_class(self.observation_space, **kwargs)
+        except (AssertionError, RuntimeError, TypeError) as error:
+            what = f"{self.extractor_class.__name__} refuses {self.observation_space} and {kwargs}"
+            raise ConfigError(f"features_extractor_class {what}: {' '.join(str(error).split())}") from error
+        extractor.apply(lambda layer: self.init_weights(layer, math.sqrt(2)))
+        head = self._make_layers([extractor.features_dim, *self.net_arch, self.n_outputs], self.zero_last_layer)
+        return Extracted(self.observation_space, extractor, head)
+
+    def _make_layers(self, sizes: list[int], zero_last: bool) -> nn.Sequential:
         layers: list[nn.Module] = []
         for n_in, n_out in pairwise(sizes):
             linear = nn.Linear(n_in, n_out, bias=self.with_bias)
@@ -113,7 +173,7 @@ class MlpPolicy(BasePolicy):
             layers += [linear, self.activation_fn()]
         last = layers[-2]
         assert isinstance(last, nn.Linear)
-        if self.zero_last_layer:
+        if zero_last:
             nn.init.zeros_(last.weight)
         return nn.Sequential(*layers[:-1])
 
@@ -132,6 +192,12 @@ class MlpPolicy(BasePolicy):
         """Map the network's outputs (N, O) to actions of the env (N, *action_space.shape)."""
         if isinstance(self.action_space, spaces.Discrete):
             return outputs.argmax(1) + int(self.action_space.start)
+        if isinstance(self.action_space, spaces.MultiDiscrete):
+            parts = outputs.split(self.action_space.nvec.tolist(), dim=1)
+            choices = torch.stack([part.argmax(1) for part in parts], dim=1)
+            return choices + torch.as_tensor(self.action_space.start, device=choices.device)
+        if isinstance(self.action_space, spaces.MultiBinary):
+            return (outputs > 0).to(torch.int8).view(-1, *self.action_space.shape)
         unit = outputs.tanh() if self.squash_output else outputs.clamp(-1.0, 1.0)
         actions = torch.addcmul(self._action_middle, unit, self._action_half_range)
         return actions if len(self._action_shape) == 1 else actions.view(-1, *self._action_shape)
@@ -161,6 +227,16 @@ class MlpPolicy(BasePolicy):
             "squash_output": self.squash_output,
             "with_bias": self.with_bias,
             "zero_last_layer": self.zero_last_layer,
+            **self._extractor_parameters(),
+        }
+
+    def _extractor_parameters(self) -> dict[str, Any]:
+        if self.extractor_class is None:
+            return {}
+        names = {known: name for name, known in EXTRACTORS.items()}
+        return {
+            "features_extractor_class": names.get(self.extractor_class, self.extractor_class),
+            "features_extractor_kwargs": self.extractor_kwargs,
         }
 
 
@@ -180,18 +256,49 @@ class LinearPolicy(MlpPolicy):
         super().__init__(observation_space, action_space, net_arch=[], with_bias=with_bias, **kwargs)
 
 
-class MultiInputPolicy(MlpPolicy):
-    """:class:`MlpPolicy` under the name that SB3 asks for where observations are a Dict."""
+class CnnPolicy(MlpPolicy):
+    """An image through SB3's NatureCNN, and one layer behind it unless ``net_arch`` says more."""
 
-    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, **kwargs: Any):
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        net_arch: list[int] | None = None,
+        features_extractor_class: str | type[BaseFeaturesExtractor] = "NatureCNN",
+        **kwargs: Any,
+    ):
+        if not is_image_space(observation_space):
+            raise ConfigError(
+                f"CnnPolicy is for images, bytes from 0 to 255 in three dimensions, got {observation_space}"
+            )
+        super().__init__(
+            observation_space,
+            action_space,
+            net_arch=net_arch or [],
+            features_extractor_class=features_extractor_class,
+            **kwargs,
+        )
+
+
+class MultiInputPolicy(MlpPolicy):
+    """A Dict of observations: its parts joined, or through SB3's CombinedExtractor if it has images.
+
+    Where one of these has fewer than 36 x 36 pixels, too few for the NatureCNN in it, all are flattened.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        features_extractor_class: str | type[BaseFeaturesExtractor] | None = None,
+        **kwargs: Any,
+    ):
         if not isinstance(observation_space, spaces.Dict):
             raise ConfigError(f"MultiInputPolicy is for a Dict of observations, got {observation_space}; use MlpPolicy")
-        super().__init__(observation_space, action_space, **kwargs)
-
-
-POLICIES: dict[str, type[MlpPolicy]] = {
-    policy.__name__: policy for policy in (MlpPolicy, LinearPolicy, MultiInputPolicy)
-}
+        images: list[Any] = [part for part in observation_space.spaces.values() if is_image_space(part)]
+        if features_extractor_class is None and images and all(min(image.shape[1:]) >= 36 for image in images):
+            features_extractor_class = "CombinedExtractor"
+        super().__init__(observation_space, action_space, features_extractor_class=features_extractor_class, **kwargs)
 
 
 def default_policy(observation_space: spaces.Space) -> str:

@@ -23,7 +23,7 @@ from eggroll_rl.config import RunConfig
 from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory, check_time_limit, read_toml
 from eggroll_rl.errors import ConfigError, RunFolderError
-from eggroll_rl.evaluation import Evaluation, batched, evaluate
+from eggroll_rl.evaluation import Evaluation, acting, evaluate
 from eggroll_rl.machine import machine, versions
 from eggroll_rl.tracking import tracked
 from eggroll_rl.workers import count_workers
@@ -217,7 +217,7 @@ class RunRecorder(GenerationCallback):
 
     def _evaluate(self, policy: Any, first_seed: int, n_episodes: int) -> Evaluation:
         seeds = range(first_seed, first_seed + n_episodes)
-        return evaluate(batched(lambda obs: policy.predict(obs)[0]), self.factory, seeds)
+        return evaluate(acting(policy), self.factory, seeds)
 
     def _evaluated_steps(self) -> int:
         return self.evaluations[-1]["timesteps"] if self.evaluations else 0

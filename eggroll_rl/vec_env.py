@@ -66,6 +66,7 @@ class VecEnvEvaluator:
             actions = actor.act(np.pad(encoded, padding, mode="edge"))
             obs, rewards, dones, _ = self._env.step(actions[offset : offset + n_envs])
             encoded = actor.encode(obs)
+            actor.restart(np.pad(dones.astype(bool), padding[0]))
             steps += n_envs
             active = np.flatnonzero(active_N)
             returns_NE[active, episode_N[active]] += rewards[active]

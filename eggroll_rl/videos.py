@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from eggroll_rl.envs import EnvFactory, time_limit
 from eggroll_rl.errors import ConfigError, RenderError, RunFolderError
-from eggroll_rl.evaluation import Agent
+from eggroll_rl.evaluation import Acting, Agent
 from eggroll_rl.observations import map_arrays
 
 _PROBE = """
@@ -195,6 +195,8 @@ class _Episode:
         self.episode_return = 0.0
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        if isinstance(self._agent.predict, Acting):
+            self._agent.predict.restart()
         obs, _ = self._env.reset(seed=self._seed)
         yield self._frame()
         done = False

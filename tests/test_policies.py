@@ -166,7 +166,8 @@ def test_the_linear_policy_is_one_layer():
         (spaces.Text(4), BOX, "observation space Text"),
         (spaces.MultiDiscrete([[2, 3]]), BOX, "one-dimensional"),
         (OBS, spaces.Box(-np.inf, np.inf, (2,)), "action space Box.*unbounded"),
-        (OBS, spaces.MultiDiscrete([2, 2]), "action space MultiDiscrete"),
+        (OBS, spaces.MultiDiscrete([[2, 2]]), "action space MultiDiscrete.*one-dimensional"),
+        (OBS, spaces.Dict(a=BOX), "action space Dict"),
     ],
 )
 def test_unsupported_spaces_are_named(observation_space, action_space, named):
