@@ -9,7 +9,7 @@ demo: .venv          ## train HalfCheetah-v5 (two to three minutes on two cores)
 	-$(BIN)/eggroll-rl record runs/demo --plain --output runs/demo/HalfCheetah-v5.mp4
 
 test: .venv          ## the default tests, under five minutes on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: .venv      ## with the slow ones
 	$(BIN)/python -m pytest -m "not ray and not gpu"

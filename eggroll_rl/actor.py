@@ -20,6 +20,8 @@ from eggroll_rl.observations import Observations, as_policies_see, is_plain, map
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.population import PerturbedLinear, Population, is_plain_sequence
 
+_ACTIONS_STREAM = 8  # spawn key of the seed, beside those of rollout, segments, critic and scoring
+
 Stage = Callable[[np.ndarray], np.ndarray]
 
 
@@ -30,9 +32,12 @@ class Actor:
     :param noise: the generation's noise; None lets the mean policy act in every row
     :param first: first member (even)
     :param n_members: number of members N (even)
+    :param action_std: sample the actions, a Box's with this deviation of the network's outputs; None takes the best
     """
 
-    def __init__(self, policy: MlpPolicy, noise: Noise | None, first: int, n_members: int):
+    def __init__(
+        self, policy: MlpPolicy, noise: Noise | None, first: int, n_members: int, action_std: float | None = None
+    ):
         self._policy = policy
         self._is_flat = is_plain(policy.observation_space) and _is_own(policy, "encode")
         network = policy.network if noise is None else Population(policy.network, noise, first, n_members).members
@@ -41,6 +46,9 @@ class Actor:
         self._network = network
         self._layers = [self._remembering] if policy.state_size else _layers(network)
         self._actions = _actions(policy)
+        self._sampled = None
+        if action_std is not None and noise is not None:
+            self._sampled = _sampling(policy, noise, first, n_members, action_std)
 
     @torch.no_grad()
     def encode(self, obs: Observations) -> np.ndarray:
@@ -49,12 +57,13 @@ class Actor:
             assert isinstance(obs, np.ndarray)
             return obs.reshape(len(obs), -1)
         obs = as_policies_see(obs, self._policy.observation_space)
-        return self._policy.encode(map_arrays(lambda part: torch.from_numpy(part.copy()), obs)).numpy()
+        return self._policy.encode(map_arrays(torch.tensor, obs)).numpy()
 
     def act(self, encoded: np.ndarray) -> np.ndarray:
         """Return the env's actions (N, *action_space.shape), a new array, for encoded observations (N, I)."""
         with np.errstate(all="ignore"):  # whatever the caller has set: torch would be silent too
-            return self._actions(self._outputs(self._features(encoded)))
+            outputs = self._outputs(self._features(encoded))
+            return self._actions(outputs if self._sampled is None else outputs + self._sampled())
 
     def explore(self, encoded: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Act with noise (N, O) added to the network's outputs.
@@ -79,7 +88,7 @@ class Actor:
 
     @torch.no_grad()
     def _remembering(self, x: np.ndarray) -> np.ndarray:
-        outputs, self._state = self._network(torch.from_numpy(x.copy()), self._state)
+        outputs, self._state = self._network(torch.tensor(x), self._state)
         return outputs.numpy()
 
     def _outputs(self, x: np.ndarray) -> np.ndarray:
@@ -97,7 +106,7 @@ def _in_torch(forward: Callable[[torch.Tensor], torch.Tensor]) -> Stage:
     @torch.no_grad()
     def stage(x: np.ndarray) -> np.ndarray:
         # A copy: who knows what keeps its input, and ours are overwritten at the next step.
-        return forward(torch.from_numpy(x.copy())).numpy()
+        return forward(torch.tensor(x)).numpy()
 
     return stage
 
@@ -173,6 +182,29 @@ def _linear(layer: PerturbedLinear) -> Stage:
         return y_NO
 
     return linear
+
+
+def _sampling(
+    policy: MlpPolicy, noise: Noise, first: int, n_members: int, action_std: float
+) -> Callable[[], np.ndarray]:
+    """Return a function that draws what, added to the outputs (N, O), makes the best action a sampled one.
+
+    Gumbel noise makes the argmax of scores a draw from their softmax, logistic noise a sign one from their sigmoid. The
+    two members of a pair see the same noise.
+    """
+    sequence = np.random.SeedSequence(noise.seed, spawn_key=(_ACTIONS_STREAM, noise.generation, first))
+    generator, shape = np.random.default_rng(sequence), (n_members // 2, policy.n_outputs)
+
+    def draw() -> np.ndarray:
+        if isinstance(policy.action_space, spaces.Box):
+            drawn = action_std * generator.standard_normal(shape, dtype=np.float32)
+        elif isinstance(policy.action_space, spaces.MultiBinary):
+            drawn = generator.logistic(size=shape).astype(np.float32)
+        else:
+            drawn = generator.gumbel(size=shape).astype(np.float32)
+        return drawn.repeat(2, axis=0)
+
+    return draw
 
 
 def _actions(policy: MlpPolicy) -> Stage:

@@ -31,8 +31,8 @@ from gymnasium import spaces
 from safetensors import SafetensorError
 from torch import Tensor
 
-from eggroll_rl.errors import ConfigError, EggrollError, RunFolderError
-from eggroll_rl.policies import MlpPolicy
+from eggroll_rl.errors import EggrollError, RunFolderError
+from eggroll_rl.policies import MlpPolicy, check_extractor_name
 from eggroll_rl.recurrent import POLICIES
 
 RUN_FILES = {
@@ -134,12 +134,7 @@ def save_policy(path: Path, policy: MlpPolicy, about: dict[str, Any]) -> None:
     kwargs = policy._get_constructor_parameters()
     spaces_ = {name: space_to_json(kwargs.pop(name)) for name in ("observation_space", "action_space")}
     kwargs["activation_fn"] = kwargs["activation_fn"].__name__
-    extractor = kwargs.get("features_extractor_class")
-    if extractor is not None and not isinstance(extractor, str):
-        raise ConfigError(
-            f"features_extractor_class {extractor.__name__} is a class of your own, which a run folder cannot hold, as "
-            "loading it executes nothing: use model.save()"
-        )
+    check_extractor_name(kwargs.get("features_extractor_class"))
     description = {"policy": type(policy).__name__, "policy_kwargs": kwargs, **spaces_, **about}
     save_tensors(path, "policy", policy.state_dict(), description)
 
@@ -171,7 +166,8 @@ def space_to_json(space: spaces.Space) -> dict[str, Any]:
     if isinstance(space, spaces.Discrete):
         return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
     if isinstance(space, spaces.MultiDiscrete):
-        return {"type": "MultiDiscrete", "nvec": space.nvec.tolist()}
+        start, dtype = space.start.tolist(), str(space.dtype)
+        return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": start, "dtype": dtype}
     if isinstance(space, spaces.MultiBinary):
         return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.n)}
     if isinstance(space, spaces.Dict):
@@ -191,7 +187,8 @@ def space_from_json(about: dict[str, Any]) -> spaces.Space:
     if kind == "Discrete":
         return spaces.Discrete(about["n"], start=about["start"])
     if kind == "MultiDiscrete":
-        return spaces.MultiDiscrete(about["nvec"])
+        dtype = np.dtype(about.get("dtype", "int64"))
+        return spaces.MultiDiscrete(about["nvec"], dtype=dtype.type, start=about.get("start"))
     if kind == "MultiBinary":
         return spaces.MultiBinary(about["n"])
     if kind == "Dict":
@@ -225,11 +222,14 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def append_csv(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, and the header if the file is new."""
+    """Add a row, and the header if the file is new; columns that its header does not have are left out."""
     try:
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-            if file.tell() == 0:
+        with open(path, "a+", newline="", encoding="utf-8") as file:
+            file.seek(0)
+            header = next(csv.reader(file), None)
+            file.seek(0, os.SEEK_END)
+            writer = csv.DictWriter(file, header or list(row), extrasaction="ignore", lineterminator="\n")
+            if header is None:
                 writer.writeheader()
             writer.writerow(row)
     except OSError as error:

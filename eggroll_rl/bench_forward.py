@@ -80,7 +80,7 @@ def _measure(width: int, rank: int, population_size: int, n_layers: int, repetit
             Population(network, noise, first, len(rows)).members(rows)
         estimate_gradient(parameters, noise, utilities)
 
-    peak = _peak_bytes(generation)
+    peak = peak_bytes(generation)
     population = Population(network, noise)
     started = time.perf_counter()
     members = population.members
@@ -129,7 +129,7 @@ def _dense(network: nn.Sequential, noise: Noise, x: torch.Tensor) -> torch.Tenso
     return torch.cat(outputs)
 
 
-def _peak_bytes(run: Callable[[], None]) -> int | None:
+def peak_bytes(run: Callable[[], None]) -> int | None:
     """Return how far the process's memory rises in ``run``; Linux with glibc only."""
     run()  # allocators and libraries warm up
     try:

@@ -56,7 +56,7 @@ def cli() -> None:
 @click.option("--n-eval-episodes", type=int, help="Training episodes per member.")
 @click.option("--fitness-shaping", help="centered_rank, pair_rank, standardize, none or best_fraction.")
 @click.option("--slice-size", type=int, help="Members evaluated together; part of the result.")
-@click.option("--policy", help="MlpPolicy or LinearPolicy.")
+@click.option("--policy", help="MlpPolicy, LinearPolicy, CnnPolicy, MultiInputPolicy or RecurrentPolicy.")
 @click.option("--max-episode-steps", type=int, help="Time limit of the task, in place of the registered one.")
 @click.option("--eval-freq", type=int, help="Env steps between evaluations; 0: only at the end. [default: a tenth]")
 @click.option("--eval-episodes", type=int, help="Episodes per evaluation. [default: 10]")

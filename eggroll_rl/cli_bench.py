@@ -89,6 +89,27 @@ def forward(widths: str, ranks: str, populations: str, layers: int, as_json: boo
         plot_forward(rows, plot)
 
 
+@bench.command()
+@click.option("--widths", default="64,256", show_default=True, help="Widths of the two hidden layers, by comma.")
+@click.option("--batches", default="1,16,256", show_default=True, help="Inputs for every member, by comma.")
+@click.option("--population", type=click.IntRange(min=2), default=1024, show_default=True, help="Members.")
+@click.option("--peers", default="torcheggroll,one_by_one", show_default=True, help="Others to time, by comma.")
+@click.option("--repetitions", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved rounds.")
+@_json_option
+def generation(widths: str, batches: str, population: int, peers: str, repetitions: int, as_json: bool) -> None:
+    """Compare a generation of the core, on one thread, with torcheggroll's and with members that run one by one."""
+    from eggroll_rl import bench_generation
+
+    rows = bench_generation.generation(
+        _whole_numbers("widths", widths),
+        _whole_numbers("batches", batches),
+        population + population % 2,
+        repetitions,
+        ("ours", *(name for name in peers.split(",") if name)),
+    )
+    click.echo(json.dumps(rows) if as_json else bench_generation.generation_table(rows))
+
+
 def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))

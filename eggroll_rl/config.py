@@ -13,7 +13,7 @@ from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory, env_factory, resolve_wrappers
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import check_whole
-from eggroll_rl.policies import default_policy
+from eggroll_rl.policies import check_extractor_name, default_policy
 
 # Constructor arguments that the run itself decides.
 _RESERVED = {
@@ -119,6 +119,7 @@ class RunConfig:
         settings = {name: self.eggroll.get(name, defaults[name].default) for name in EGGROLL_SETTINGS}
         policy_kwargs = model.policy._get_constructor_parameters()
         policy_kwargs["activation_fn"] = policy_kwargs["activation_fn"].__name__
+        check_extractor_name(policy_kwargs.get("features_extractor_class"))
         settings["policy"] = type(model.policy).__name__
         settings["policy_kwargs"] = {
             n: v for n, v in policy_kwargs.items() if not n.endswith("_space") and v is not None
@@ -151,7 +152,8 @@ class RunConfig:
 
 
 _OF_ONE_FITNESS = (
-    "population_size", "slice_size", "sigma", "rank", "n_eval_episodes", "fitness_shaping", "best_fraction",
+    "population_size", "slice_size", "sigma", "rank", "n_eval_episodes", "deterministic", "fitness_shaping",
+    "best_fraction",
     "learning_rate", "optimizer", "optimizer_kwargs", "weight_decay", "max_grad_norm",
     "n_segments", "segment_steps", "exploration_std", "gamma", "gae_lambda", "target_kl", "n_epochs", "batch_size",
     "sample_reuse", "clip_range", "damping", "critic_kwargs",

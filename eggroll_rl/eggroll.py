@@ -80,6 +80,8 @@ class EGGROLL(BaseAlgorithm):
     :param best_fraction: share of pairs kept by ``fitness_shaping="best_fraction"``
     :param alive_bonus_offset: added to the reward at each step, in training only; -1 cancels Hopper's bonus
     :param max_episode_steps: episode cap, in training only; needed if the env has no time limit
+    :param deterministic: of the actions in whole episodes of training; False samples them, from the scores of discrete
+        choices, and with the deviation ``exploration_std`` around the others. Segments always sample
     :param optimizer: a ``torch.optim`` class or its name
     :param optimizer_kwargs: more arguments for the optimizer
     :param weight_decay: passed to the optimizer
@@ -128,6 +130,7 @@ class EGGROLL(BaseAlgorithm):
         best_fraction: float | None = None,
         alive_bonus_offset: float = 0.0,
         max_episode_steps: int | None = None,
+        deterministic: bool = True,
         optimizer: str | type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         weight_decay: float = 0.0,
@@ -164,6 +167,7 @@ class EGGROLL(BaseAlgorithm):
         self.best_fraction = best_fraction
         self.alive_bonus_offset = alive_bonus_offset
         self.max_episode_steps = max_episode_steps
+        self.deterministic = deterministic
         self.optimizer = find_optimizer(optimizer)
         self.optimizer_kwargs = optimizer_kwargs
         self.weight_decay = weight_decay
@@ -333,6 +337,7 @@ class EGGROLL(BaseAlgorithm):
             raise ConfigError(f"policy must be a subclass of eggroll_rl.policies.MlpPolicy, got {self.policy_class}")
         if self.fitness == "segment":
             check_network(policy.network)
+        policy.set_training_mode(False)  # no dropout, no statistics of a batch: a member is a function of its inputs
         self.policy = policy.to(self.device)
         self._es = EvolutionStrategy(
             self.policy.network,
@@ -463,7 +468,9 @@ class EGGROLL(BaseAlgorithm):
         state = {name: tensor.cpu().numpy() for name, tensor in self.policy.state_dict().items()}
         noise = self._es.ask().noise
         anchors, n_steps = self.scorer.anchors, self.segment_steps
-        return Generation(noise, state, self.n_eval_episodes, anchors, n_steps, self.scorer.exploration_std)
+        action_std = None if self.deterministic or anchors is not None else self.exploration_std
+        of_segments = self.scorer.exploration_std
+        return Generation(noise, state, self.n_eval_episodes, anchors, n_steps, of_segments, action_std)
 
     def _improvement(self) -> Improvement:
         target_kl, clip_range = (f(self._progress_remaining()) for f in (self.target_kl, self.clip_range))

@@ -24,9 +24,10 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from eggroll_rl.errors import ConfigError, NonFiniteError
-from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping, standardize_groups
+from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping, pair_rank, sign_of_pair, standardize_groups
+from eggroll_rl.fitness import best_fraction as best_fraction_
 from eggroll_rl.lowrank import ParamFilter, estimate_gradient, perturbed_parameters
-from eggroll_rl.noise import Noise, NoiseFamily, make_family
+from eggroll_rl.noise import LowRank, Noise, NoiseFamily, make_family
 from eggroll_rl.population import Population
 from eggroll_rl.schedules import GenerationSchedule
 
@@ -189,6 +190,10 @@ class EvolutionStrategy:
         self.antithetic = antithetic
         self.noise_reuse = noise_reuse
         self.family = make_family(noise, rank)
+        if isinstance(self.family, LowRank):
+            self.rank = self.family.rank
+        elif rank != 1:
+            raise ConfigError(f"rank={rank!r} has no effect with noise={noise!r}, which is not of low rank")
         self.fitness_shaping = self._shaping(fitness_shaping, best_fraction, group_size, baseline)
         self._in_groups = baseline or group_size is not None
         self.baseline_group = (group_size or population_size) if baseline else 0
@@ -213,12 +218,14 @@ class EvolutionStrategy:
         self.optimizer = self._make_optimizer(optimizer, optimizer_kwargs, weight_decay)
         self._sets_rate = not own_rate and lr_scheduler is None
         self.lr_scheduler = None if lr_scheduler is None else lr_scheduler(self.optimizer)
+        if isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ConfigError("lr_scheduler ReduceLROnPlateau waits for a metric: step it yourself, with tell()'s")
 
     def _shaping(
         self, shaping: str | FitnessShaping, best_fraction: float | None, group_size: int | None, baseline: bool
     ) -> FitnessShaping:
         made = make_fitness_shaping(shaping, best_fraction)
-        if not self.antithetic and shaping in ("best_fraction", "pair_rank", "sign_of_pair"):
+        if not self.antithetic and getattr(made, "func", made) in (best_fraction_, pair_rank, sign_of_pair):
             raise ConfigError(f"fitness_shaping={shaping!r} compares the members of pairs: it needs antithetic=True")
         if group_size is None and not baseline:
             return made
@@ -243,7 +250,8 @@ class EvolutionStrategy:
         has_decay = "weight_decay" in inspect.signature(kind).parameters
         if weight_decay and not has_decay:
             raise ConfigError(f"weight_decay={weight_decay!r}: {kind.__name__} has no weight decay")
-        if inspect.signature(kind.step).parameters["closure"].default is inspect.Parameter.empty:
+        closure = inspect.signature(kind.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
             raise ConfigError(f"optimizer {kind.__name__} evaluates a loss itself, which evolution has not")
         if made:
             if optimizer_kwargs or weight_decay:
@@ -330,6 +338,8 @@ class EvolutionStrategy:
             grad_norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
             best = self._best_of(fitness, used)  # before the mean moves
             rate = self.learning_rate
+            if not (math.isfinite(rate) and rate >= 0):
+                raise ConfigError(f"learning_rate must be 0 or more, got {rate!r} in generation {self.generation}")
             update_ratio, cosine = self._step(gradient, grad_norm)
         self.best = best
         fitness = fitness[used]

@@ -229,10 +229,10 @@ def _load_sb3(
     except Exception as error:  # anything can come out of a pickle
         raise RunFolderError(f"cannot load {path} as {algo}: {type(error).__name__}: {error}") from error
 
-    def predict(obs: Observations) -> np.ndarray:
-        return model.predict(statistics.normalize_obs(obs), deterministic=True)[0]
+    def predict(obs: Observations, state: Any) -> tuple[np.ndarray, Any]:
+        return model.predict(statistics.normalize_obs(obs), state=state, deterministic=True)
 
-    return Agent(path.stem, batched(predict), factory)
+    return Agent(path.stem, Acting(predict), factory)
 
 
 def find_algorithm(name: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.rnn import PackedSequence
@@ -41,6 +42,12 @@ class Form(nn.Module):
                     self.register_buffer(f"{name}_{side}", torch.empty(0))
             else:
                 self.register_parameter(name, parameter)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The layer's class, for a forward that asks what it has before it."""
+        base = self.__dict__.get("_base")
+        return type(self) if base is None else type(base)
 
     def __getattr__(self, name: str) -> Any:
         """Return settings of the layer, and a matrix that somebody reaches for, as it is for this member."""
@@ -173,6 +180,9 @@ class RecurrentForm(Form):
             return x.squeeze(1), final
         return (x.transpose(0, 1) if base.batch_first else x), final
 
+    def flatten_parameters(self) -> None:
+        """Do nothing: a forward may ask for it, and there is nothing to flatten."""
+
     def _run(self, x_TBI: Tensor, state: Any, suffix: str, backwards: bool) -> tuple[Tensor, Any]:
         base: Any = self.__dict__["_base"]
         bias_ih, bias_hh = (f"bias_ih_{suffix}", f"bias_hh_{suffix}") if base.bias else (None, None)
@@ -274,6 +284,11 @@ _FORMS: dict[type[nn.Module], type[Form]] = {
 }  # fmt: skip
 
 
+_WITH_MATRICES = (
+    nn.Linear, _ConvNd, nn.Embedding, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
+)  # fmt: skip
+
+
 def form_of(layer: nn.Module) -> type[Form] | None:
     """Return the form that computes what the layer does, or None: for others, altered ones, and rare settings."""
     form = _FORMS.get(type(layer))
@@ -287,8 +302,8 @@ def form_of(layer: nn.Module) -> type[Form] | None:
 
 
 def matrices_of(layer: nn.Module) -> list[str]:
-    """Name the layer's own parameters that map inputs to outputs, rows being outputs."""
-    if form_of(layer) is None:
+    """Name the layer's own weights that are matrices, by what kind of layer it is, whoever altered it."""
+    if not isinstance(layer, _WITH_MATRICES):
         return []
     return [name for name, parameter in layer.named_parameters(recurse=False) if parameter.dim() > 1]
 

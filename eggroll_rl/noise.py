@@ -18,7 +18,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 class NoiseFamily:
-    """What a perturbation E looks like. Derive from it for one of your own, hashable, and picklable for RL.
+    """What a perturbation E looks like. Derive from it for one of your own; keep it hashable.
 
     Directions should be independent and symmetric, every entry with mean 0 and variance 1: ``sigma`` and the sign of a
     member come on top.

@@ -85,12 +85,12 @@ def encode(obs: Any, space: spaces.Space) -> Tensor:
 
 
 def decode(rows: Tensor, space: spaces.Space) -> Any:
-    """Turn rows (N, I) back into what SB3's feature extractors take: images (N, C, H, W), and a Dict as one."""
+    """Turn rows (N, I) back into what SB3's feature extractors take: a Box in its shape (N, ...), and a Dict as one."""
     if isinstance(space, spaces.Dict):
         sizes = [count_inputs(part) for part in space.spaces.values()]
         parts = zip(space.spaces.items(), rows.split(sizes, dim=1), strict=True)
         return {key: decode(part_rows, part) for (key, part), part_rows in parts}
-    return rows.unflatten(1, space.shape) if is_image_space(space) and space.shape is not None else rows
+    return rows.unflatten(1, space.shape) if isinstance(space, spaces.Box) and len(space.shape) > 1 else rows
 
 
 def as_policies_see(obs: Observations, space: spaces.Space) -> Observations:

@@ -67,6 +67,15 @@ def find_extractor(extractor: str | type[BaseFeaturesExtractor]) -> type[BaseFea
     return EXTRACTORS[extractor]
 
 
+def check_extractor_name(extractor: Any) -> None:
+    """Refuse a class of the user's own where only a name can be kept: loading a run folder executes nothing."""
+    if extractor is not None and not isinstance(extractor, str):
+        raise ConfigError(
+            f"features_extractor_class {extractor.__name__} is a class of your own, which a run folder cannot hold, as "
+            "loading it executes nothing: use model.save()"
+        )
+
+
 class Extracted(nn.Module):
     """A features extractor of SB3's on rows of encoded observations, and layers behind it."""
 
@@ -156,6 +165,8 @@ class MlpPolicy(BasePolicy):
         kwargs = self.extractor_kwargs or {}
         try:
             extractor = self.extractor_class(self.observation_space, **kwargs)
+            with torch.no_grad():
+                extractor(decode(torch.zeros(2, self.n_inputs), self.observation_space))
         except (AssertionError, RuntimeError, TypeError) as error:
             what = f"{self.extractor_class.__name__} refuses {self.observation_space} and {kwargs}"
             raise ConfigError(f"features_extractor_class {what}: {' '.join(str(error).split())}") from error

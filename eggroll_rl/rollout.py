@@ -56,6 +56,7 @@ class Generation:
     :param anchors: where segments start; None for whole episodes
     :param segment_steps: env steps of a segment
     :param exploration_std: (O,) of the noise on the outputs, in segments
+    :param action_std: of the noise on the outputs for a Box, where whole episodes sample their actions; else None
     """
 
     noise: Noise
@@ -64,6 +65,7 @@ class Generation:
     anchors: Anchors | None = None
     segment_steps: int = 0
     exploration_std: np.ndarray | None = None
+    action_std: float | None = None
 
     def slices(self) -> range:
         """Return the first member of every slice, or the first simulation where segments run."""
@@ -136,7 +138,7 @@ def rollout(policy: MlpPolicy, generation: Generation, first: int, envs: VectorE
     active_N = np.arange(size) < n_members
     reset_N: np.ndarray | None = active_N
     with seeded_globals(noise, first):
-        actor = Actor(policy, noise, first, size)
+        actor = Actor(policy, noise, first, size, generation.action_std)
         try:
             n_active = n_members
             while n_active:

@@ -14,18 +14,21 @@ GenerationSchedule = Callable[[int], float]
 def exponential(start: float, decay: float, least: float = 0.0) -> GenerationSchedule:
     """Return start · decay^generation, but never below ``least``: the paper's ``lr_decay`` and ``sigma_decay``."""
     _check(start=start, decay=decay)
+    _check(0.0, least=least)
     return lambda generation: max(start * decay**generation, least)
 
 
 def linear(start: float, end: float, generations: int) -> GenerationSchedule:
     """Return what goes evenly from ``start`` to ``end`` in that many generations, and stays there."""
-    _check(start=start, end=end, generations=generations)
+    _check(start=start, generations=generations)
+    _check(0.0, end=end)
     return lambda generation: start + (end - start) * min(generation / generations, 1.0)
 
 
 def cosine(start: float, end: float, generations: int) -> GenerationSchedule:
     """Return what goes from ``start`` to ``end`` on half a wave, slow at both ends, and stays there."""
-    _check(start=start, end=end, generations=generations)
+    _check(start=start, generations=generations)
+    _check(0.0, end=end)
 
     def at(generation: int) -> float:
         share = min(generation / generations, 1.0)
@@ -34,7 +37,9 @@ def cosine(start: float, end: float, generations: int) -> GenerationSchedule:
     return at
 
 
-def _check(**values: float) -> None:
+def _check(lowest: float = math.ulp(0.0), **values: float) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"{name} of the schedule must be a finite number above 0, got {value!r}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < lowest:
+            right = "above 0" if lowest else "of 0 or more"
+            raise ConfigError(f"{name} of the schedule must be a finite number {right}, got {value!r}")

@@ -61,6 +61,8 @@ def check_settings(model: Any) -> None:
     number = isinstance(model.alive_bonus_offset, int | float) and not isinstance(model.alive_bonus_offset, bool)
     if not number or not math.isfinite(model.alive_bonus_offset):
         raise ConfigError(f"alive_bonus_offset must be a finite number, got {model.alive_bonus_offset!r}")
+    if not isinstance(model.deterministic, bool):
+        raise ConfigError(f"deterministic must be true or false, got {model.deterministic!r}")
     make_fitness_shaping(model.fitness_shaping, model.best_fraction)
 
 
@@ -97,7 +99,7 @@ def _check_segments(model: Any) -> None:
         "best_fraction": None,
         "optimizer": torch.optim.Adam,
     }
-    of_episodes |= {"optimizer_kwargs": None, "weight_decay": 0.0, "max_grad_norm": None}
+    of_episodes |= {"deterministic": True, "optimizer_kwargs": None, "weight_decay": 0.0, "max_grad_norm": None}
     for name, default in of_episodes.items():
         value = getattr(model, name)
         if value != default:

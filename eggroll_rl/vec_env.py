@@ -50,10 +50,11 @@ class VecEnvEvaluator:
         # A population is whole pairs: the envs sit at `offset` among its rows.
         offset = first % 2
         rows = offset + n_envs + (offset + n_envs) % 2
-        actor = Actor(self._policy, noise, first - offset, rows)
+        actor = Actor(self._policy, noise, first - offset, rows, generation.action_std)
         returns_NE = np.zeros((n_members, n_episodes))
         lengths_NE = np.zeros((n_members, n_episodes), dtype=np.int64)
-        moments = Moments.zeros(n_envs, self._policy.n_inputs)
+        n_measured = 0 if self._policy.normalizer is None else self._policy.n_inputs
+        moments = Moments.zeros(n_envs, n_measured)
         episode_N = np.where(np.arange(n_envs) < n_members, 0, n_episodes)
         steps = 0
         padding = ((offset, rows - offset - n_envs), (0, 0))
@@ -62,7 +63,7 @@ class VecEnvEvaluator:
         while (episode_N < n_episodes).any():
             active_N = episode_N < n_episodes
             # Rows beyond the envs repeat real observations: a policy may rely on what it is given.
-            moments.add(encoded[None], active_N[None])
+            moments.add(encoded[None, :, :n_measured], active_N[None])
             actions = actor.act(np.pad(encoded, padding, mode="edge"))
             obs, rewards, dones, _ = self._env.step(actions[offset : offset + n_envs])
             encoded = actor.encode(obs)

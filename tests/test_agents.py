@@ -43,6 +43,7 @@ def test_a_policy_is_built_again_without_its_env(tmp_path):
         spaces.Box(0, 255, (4, 4), np.uint8),
         spaces.Discrete(4, start=-1),
         spaces.MultiDiscrete([2, 5]),
+        spaces.MultiDiscrete([2, 5], dtype=np.int32, start=[1, -3]),
         spaces.MultiBinary(3),
         spaces.MultiBinary([2, 2]),
         spaces.Dict([("z", spaces.Discrete(3)), ("a", spaces.Box(-1, np.inf, (2,), np.float32))]),

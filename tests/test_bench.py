@@ -10,7 +10,7 @@ import torch
 from mujoco.rollout import rollout as mujoco_rollout
 from torch import nn
 
-from eggroll_rl import bench, bench_forward, bench_peers
+from eggroll_rl import bench, bench_forward, bench_generation, bench_peers
 from eggroll_rl.bench_plot import check_plot, plot_forward, plot_throughput
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.noise import LowRank, Noise
@@ -111,3 +111,23 @@ def test_memory_grows_with_the_factors_and_not_with_the_matrices():
     assert rank_1["dense_bytes"] > 1e9
     assert factors < rank_1["peak_bytes"] < rank_1["dense_bytes"] / 20
     assert 8 * factors < rank_8["peak_bytes"] < rank_8["dense_bytes"] / 4
+
+
+def test_a_generation_is_compared_with_the_same_update_one_by_one():
+    rows = bench_generation.generation((8,), (1, 3), 6, repetitions=2, names=("ours", "one_by_one"))
+    assert [(row["width"], row["batch"]) for row in rows] == [(8, 1), (8, 3)]
+    assert all(set(row["seconds"]) == {"ours", "one_by_one"} and row["over_ours"]["ours"] == 1 for row in rows)
+    assert len(bench_generation.generation_table(rows).splitlines()) == 3
+    with pytest.raises(ConfigError, match="--peers must be some of torcheggroll, one_by_one, got evox"):
+        bench_generation.generation((8,), names=("ours", "evox"))
+
+
+@pytest.mark.parametrize("name", ["ours", "one_by_one"])
+def test_both_generations_learn(name):
+    module, x = bench_generation._mlp(8), torch.randn(32, 17, generator=torch.Generator().manual_seed(0))
+    y = torch.ones(32, 6)
+    before = (module(x) - y).square().mean().item()
+    run = bench_generation._RUNS[name](module, x, y, 256)
+    for _ in range(60):
+        run()
+    assert (module(x) - y).square().mean().item() < 0.9 * before

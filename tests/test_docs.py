@@ -86,6 +86,16 @@ def test_every_preset_is_one():
         assert config.env_id
 
 
+def test_the_tests_that_a_page_names_exist():
+    there = {
+        name
+        for path in Path(__file__).parent.glob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert len(named) > 40 and named <= there, named - there
+
+
 def test_what_a_page_links_to_exists():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

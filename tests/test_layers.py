@@ -14,7 +14,7 @@ LAYERS = [
     ["critic", "surrogate", "scoring", "settings", "callbacks", "eggroll"],
     ["agents", "config", "evaluation", "export", "tracking", "machine", "training", "videos", "plots"],
     ["compare_algorithms", "compare_run", "compare_stats", "compare_report", "compare_plot", "compare", "tune", "zoo"],
-    ["bench_peers", "bench", "bench_forward", "bench_plot"],
+    ["bench_peers", "bench", "bench_forward", "bench_generation", "bench_plot"],
     ["cli_bench", "cli_models", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -240,9 +240,9 @@ def test_a_chunk_at_a_time_gives_the_same(monkeypatch):
     whole = Population(module, make_noise()).forward(*inputs)
     for budget in (1, 40_000):
         monkeypatch.setattr(population_module, "_MEMORY_BUDGET", budget)
-        population = Population(module, make_noise())
-        assert torch.allclose(population.forward(*inputs), whole, atol=1e-12)
-    (chunk,) = population.members._chunks.values()
+        population_module._CHUNKS.clear()
+        assert torch.allclose(Population(module, make_noise()).forward(*inputs), whole, atol=1e-12)
+    (chunk,) = population_module._CHUNKS[module].values()
     assert 1 <= chunk < N
 
 
@@ -257,7 +257,7 @@ def test_a_buffer_that_forward_updates_is_refused():
             self.calls += 1
             return self.layer(x)
 
-    with pytest.raises(UnsupportedModuleError, match="updates the buffer 'calls'"):
+    with pytest.raises(UnsupportedModuleError, match="updates 'calls'"):
         Population(Counts(), make_noise()).forward(torch.zeros(2, 3))
 
 
@@ -328,3 +328,111 @@ def test_a_compiled_module_is_as_good_as_its_own():
 def test_what_is_not_an_mlp_runs_member_wise():
     assert isinstance(Population(build("Conv2d")[0], make_noise()).members, MemberWise)
     assert not isinstance(Population(nn.Sequential(nn.Linear(2, 2)), make_noise()).members, MemberWise)
+
+
+# What a forward may do ---------------------------------------------------------------------------------------
+
+
+class OutOfReach(nn.Module):
+    """Keeps its layers in a list beside, where a copy of the module does not find them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.LSTM(5, 3)
+        self.layers = [self.first]
+
+    def forward(self, x):
+        return self.second(self.layers[0](x))[0]
+
+
+class Remembers(nn.Module):
+    def __init__(self, buffer):
+        super().__init__()
+        self.layer = nn.Conv1d(2, 2, 1)
+        if buffer:
+            self.register_buffer("last", torch.zeros(2, 3))
+        else:
+            self.last = torch.zeros(2, 3)
+
+    def forward(self, x):
+        self.last = torch.tanh(self.layer(x) + self.last)
+        return self.last
+
+
+class AsksWhatItHas(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(5, 5), nn.LayerNorm(5), nn.LSTM(5, 4)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            if isinstance(layer, nn.LSTM):
+                layer.flatten_parameters()
+            x = layer(x)
+            x = x.relu() if isinstance(layer, nn.Linear) else x
+        return {"outputs": x[0], "kind": "lstm", "cache": None}
+
+
+def test_a_layer_that_is_reached_otherwise_is_refused_instead_of_going_unperturbed():
+    with pytest.raises(UnsupportedModuleError, match="reaches layers other than as its children"):
+        Population(OutOfReach(), make_noise()).forward(torch.randn(4, 5))
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+def test_a_forward_that_keeps_something_is_refused_and_the_module_left_as_it_was(buffer):
+    module = Remembers(buffer)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModuleError, match="forward updates 'last'"):
+            Population(module, make_noise()).forward(torch.randn(2, 3))
+        assert not module.last.any()
+
+
+def test_a_forward_may_ask_for_classes_and_return_what_is_no_tensor():
+    torch.manual_seed(0)
+    module, x = AsksWhatItHas().double(), numbers(3, 5)
+    population = Population(module, make_noise())
+    result = population.forward(x)
+    assert result["kind"] == "lstm" and result["cache"] is None
+    for member in range(N):
+        assert torch.allclose(result["outputs"][member], one(module, population, member, (x,))["outputs"], atol=1e-10)
+
+
+def test_inputs_are_left_alone_by_layers_that_work_in_place():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.ELU(inplace=True), nn.Linear(5, 4), nn.LayerNorm(4)).double()
+    population, x, own = Population(module, make_noise()), numbers(3, 5), torch.randn(N, 3, 5).double()
+    kept = x.clone(), own.clone()
+    for _ in range(2):
+        y, each = population.forward(x), population.forward(own, per_member=True)
+        assert torch.equal(x, kept[0]) and torch.equal(own, kept[1])
+        for member in range(N):
+            assert torch.allclose(y[member], one(module, population, member, (x.clone(),)), atol=1e-10)
+            assert torch.allclose(each[member], one(module, population, member, (own[member].clone(),)), atol=1e-10)
+
+
+def test_compiled_parts_are_run_as_what_they_are_and_left_whole():
+    torch.manual_seed(0)
+    inner = nn.Linear(5, 4)
+    module = nn.Sequential(torch.compile(inner, backend="eager"), nn.LayerNorm(4))
+    population, x = Population(module, make_noise()), torch.randn(3, 5)
+    y = population.forward(x)
+    reference = nn.Sequential(inner, nn.LayerNorm(4))
+    names = {n: n.replace("_orig_mod.", "") for n, _ in module.named_parameters()}
+    for member in range(N):
+        values = {names[n]: v for n, v in population.parameters_of(member).items()}
+        assert torch.allclose(y[member], torch.func.functional_call(reference, values, (x,)), atol=1e-5)
+    assert inner.weight is not None and len(list(module.parameters())) == 4
+    with torch.inference_mode():
+        assert torch.allclose(Population(module, make_noise()).forward(x), y, atol=1e-6)
+
+
+@pytest.mark.parametrize("widths", [(4,), (4, 1)])
+def test_one_input_without_a_batch(widths):
+    torch.manual_seed(0)
+    module = nn.Sequential(*[nn.Linear(5 if i == 0 else widths[i - 1], w) for i, w in enumerate(widths)])
+    population, x = Population(module, make_noise()), torch.randn(5)
+    y, each = population.forward(x), population.forward(torch.stack([x] * N), per_member=True)
+    assert y.shape == each.shape == (N, widths[-1])
+    for member in range(N):
+        assert torch.allclose(y[member], one(module, population, member, (x,)), atol=1e-5)
+        assert torch.allclose(each[member], y[member], atol=1e-5)

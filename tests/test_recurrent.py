@@ -272,3 +272,53 @@ def test_actions_of_several_parts_are_learned(kind):
     one, many = model.predict(np.zeros(3, np.int8))[0], model.predict(np.zeros((5, 3), np.int8))[0]
     assert one.shape == (3,) and many.shape == (5, 3) and np.issubdtype(one.dtype, np.integer)
     assert model.action_space.contains(one.astype(model.action_space.dtype))
+
+
+# Sampled actions -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("space", "outputs", "expected"),
+    [
+        (spaces.Discrete(3), [1.0, 0.0, -1.0], np.exp([1, 0, -1]) / np.exp([1, 0, -1]).sum()),
+        (spaces.MultiDiscrete([2, 3]), [1.0, 0.0, 0.0, 2.0, 0.0], [1 / (1 + np.exp(-1)), 2 / (2 + np.exp(2))]),
+        (spaces.MultiBinary(2), [1.0, -2.0], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(2))]),
+    ],
+)
+def test_sampled_choices_come_as_often_as_their_scores_say(space, outputs, expected):
+    policy = MlpPolicy(spaces.Box(-1, 1, (2,)), space, net_arch=[])
+    with torch.no_grad():
+        policy.network[-1].bias.copy_(torch.tensor(outputs))
+    noise = Noise(1, 0, 2000, 1e-9, LowRank(), 2000)
+    actor, encoded = Actor(policy, noise, 0, 2000, action_std=0.4), np.zeros((2000, 2), np.float32)
+    actions = np.concatenate([actor.act(encoded) for _ in range(10)])
+    if isinstance(space, spaces.Discrete):
+        shares = np.bincount(actions, minlength=3) / len(actions)
+    elif isinstance(space, spaces.MultiDiscrete):
+        shares = [(actions[:, 0] == 0).mean(), (actions[:, 1] != 1).mean()]
+    else:
+        shares = actions.mean(0)
+    assert np.allclose(shares, expected, atol=0.02)
+    # Pairs see the same noise; the same seed gives the same actions again.
+    again = Actor(policy, noise, 0, 2000, action_std=0.4)
+    first = again.act(encoded)
+    assert np.array_equal(first, actions[:2000]) and np.array_equal(first[0::2], first[1::2])
+    assert not np.array_equal(Actor(policy, noise, 0, 2000).act(encoded), first)
+
+
+def test_sampled_boxes_have_the_deviation_that_is_set():
+    policy = MlpPolicy(spaces.Box(-1, 1, (2,)), spaces.Box(-2, 2, (1,)), net_arch=[])
+    noise = Noise(1, 0, 2000, 1e-9, LowRank(), 2000)
+    actions = Actor(policy, noise, 0, 2000, action_std=0.1).act(np.zeros((2000, 2), np.float32))
+    assert actions.std() == pytest.approx(0.2, rel=0.05) and abs(actions.mean()) < 0.02
+
+
+def test_training_on_sampled_actions_is_the_same_for_any_number_of_workers_and_learns():
+    settings = {"deterministic": False, "slice_size": 16, "policy_kwargs": {"net_arch": []}, "n_eval_episodes": 2}
+    parts = make_parts("MultiDiscrete")
+    vectors = [train("MlpPolicy", parts, 2_000, n_workers=n, **settings).policy.parameters_to_vector() for n in (0, 2)]
+    assert np.array_equal(*vectors)
+    model = train("MlpPolicy", parts, 40_000, **settings)
+    assert mean_return(model, parts, 64) > 4.5
+    with pytest.raises(ConfigError, match="deterministic"):
+        EGGROLL("MlpPolicy", "HalfCheetah-v5", fitness="segment", deterministic=False)
