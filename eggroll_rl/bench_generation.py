@@ -4,7 +4,6 @@ Everybody has the same MLP, population, rank, batch and loss, on one thread: noi
 same inputs, z-scores, update by plain gradient ascent.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -102,35 +101,36 @@ def _torcheggroll(module: nn.Module, x: torch.Tensor, y: torch.Tensor, populatio
 
 @torch.no_grad()
 def _one_generation(module: nn.Module, x: torch.Tensor, y: torch.Tensor, population_size: int) -> None:
-    """Perturb the module itself, run it, put it back, for one member after the other, as the ports with a loop do."""
-    sigma, rate = 0.05, 0.03
+    """Perturb the module itself, run it, put it back, for one member after the other, as the ports with a loop do.
+
+    Each member's noise is drawn from a generator with a seed of its own, and drawn again for the update.
+    """
+    sigma, rate, generator = 0.05, 0.03, torch.Generator()
     mean = [parameter.clone() for parameter in module.parameters()]
-    factors, fitness = [], []
+
+    def draw(member: int) -> list[tuple[torch.Tensor, ...]]:
+        generator.manual_seed(member // 2)
+        sides = [((p.shape[0], 1), (p.shape[1], 1)) if p.dim() == 2 else (tuple(p.shape),) for p in mean]
+        return [tuple(torch.randn(shape, generator=generator) for shape in shapes) for shapes in sides]
+
+    def step(drawn: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return drawn[0] if len(drawn) == 1 else drawn[0] @ drawn[1].t()
+
+    fitness = []
     for member in range(population_size):
-        if member % 2 == 0:
-            drawn = [
-                (torch.randn(p.shape[0], 1), torch.randn(p.shape[1], 1))
-                if p.dim() == 2
-                else (torch.randn(p.shape), None)
-                for p in mean
-            ]
-            factors.append(drawn)
         sign = 1 - 2 * (member % 2)
-        for parameter, center, (a, b) in zip(module.parameters(), mean, drawn, strict=True):
-            parameter.copy_(center + sign * sigma * (a if b is None else a @ b.t()))
+        for parameter, center, drawn in zip(module.parameters(), mean, draw(member), strict=True):
+            parameter.copy_(center + sign * sigma * step(drawn))
         fitness.append(-(module(x) - y).square().mean())
     scores = torch.stack(fitness)
     scores = (scores - scores.mean()) / scores.std(correction=0)
-    weights = (scores[0::2] - scores[1::2]) / population_size
-    for i, (parameter, center) in enumerate(zip(module.parameters(), mean, strict=True)):
-        a = torch.stack([drawn[i][0] for drawn in factors])
-        if parameter.dim() == 2:
-            b = torch.stack([drawn[i][1] for drawn in factors])  # type: ignore[misc]
-            step = torch.einsum("por,pir->oi", a * weights[:, None, None], b)
-        else:
-            step = torch.einsum("po,p->o", a, weights)
-        parameter.copy_(center + rate * step)
-    assert math.isfinite(scores.sum())
+    total = [torch.zeros_like(center) for center in mean]
+    for member in range(population_size):
+        weight = (1 - 2 * (member % 2)) * scores[member] / population_size
+        for sum_, drawn in zip(total, draw(member), strict=True):
+            sum_.add_(step(drawn) * weight)
+    for parameter, center, sum_ in zip(module.parameters(), mean, total, strict=True):
+        parameter.copy_(center + rate * sum_)
 
 
 def _one_by_one(module: nn.Module, x: torch.Tensor, y: torch.Tensor, population_size: int) -> Callable[[], Any]:

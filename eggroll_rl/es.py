@@ -334,7 +334,7 @@ class EvolutionStrategy:
             # The update is a mean over members: over those that are there.
             utilities[used] = shaped if not self.missing else shaped * (len(fitness) / len(shaped))
             noise = self._population.noise
-            gradient = estimate_gradient(self._perturbed, noise, utilities)
+            gradient = estimate_gradient(self._perturbed, noise, utilities, self._population.draw)
             grad_norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
             best = self._best_of(fitness, used)  # before the mean moves
             rate = self.learning_rate

@@ -100,13 +100,20 @@ def perturbed_parameters(
 
 
 @torch.no_grad()
-def estimate_gradient(parameters: list[Perturbed], noise: Noise, utilities: Tensor) -> dict[str, Tensor]:
+def estimate_gradient(
+    parameters: list[Perturbed],
+    noise: Noise,
+    utilities: Tensor,
+    draw: Callable[[Perturbed, int, int], Factors | Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Return g = (1/N) sum_n u_n s_n E_n by parameter name, in float64 (paper Eq. 6, with 1/sigma left out).
 
     For factors it is (diag(w) A)ᵀ B, summed over blocks of directions in their order; nothing of size N·O·I exists. The
     blocks do not depend on ``slice_size``.
 
     :param utilities: shaped fitness u (N,), float64
+    :param draw: ``draw(parameter, first, n_directions)`` gives perturbations that somebody has already; else they are
+        drawn again, here
     """
     steps_N = torch.from_numpy(noise.steps(0, noise.population_size)).sign()
     signed_N = utilities * steps_N
@@ -117,7 +124,8 @@ def estimate_gradient(parameters: list[Perturbed], noise: Noise, utilities: Tens
         block = max(1, _NOISE_AT_ONCE // noise.family.count(p.shape, p.is_matrix))
         for first in range(0, len(weights_P), block):
             w_P = weights_P[first : first + block].to(total.device)
-            drawn = noise.family.in_update(p.draw(noise, first, len(w_P)))
+            drawn = draw(p, first, len(w_P)) if draw else p.draw(noise, first, len(w_P))
+            drawn = noise.family.in_update(drawn)
             if isinstance(drawn, tuple):
                 a_POR, b_PIR = drawn
                 w_P = w_P / math.sqrt(a_POR.shape[2])

@@ -25,6 +25,7 @@ from eggroll_rl.noise import Noise
 
 _NUMBERS_AT_ONCE = 2**19  # of a layer's outputs: what stays in the cache
 _MEMORY_BUDGET = 2**28  # bytes of one chunk of members, where torch.func evaluates them
+_KEPT = 2**22  # numbers of one parameter's noise, kept from the evaluation to the update
 _CHUNKS: WeakKeyDictionary[nn.Module, dict[Any, int]] = WeakKeyDictionary()  # by module and shapes
 _OF_VMAP = ("vmap", "functorch", "Batching rule", "data pointer")
 _ONE_BY_ONE = "one at a time they can be: EvolutionStrategy.step(fitness_fn)"
@@ -161,6 +162,7 @@ class Population:
         self._mean = module
         self._parameters = perturbed_parameters(module) if parameters is None else parameters
         self._members: Chain | MemberWise | None = None
+        self._drawn: dict[int, tuple[Tensor, Tensor] | Tensor] = {}
 
     def __len__(self) -> int:
         return self.size
@@ -243,11 +245,22 @@ class Population:
         step, direction = float(self.noise.steps(member, 1)[0]), self.noise.direction(member)
         return {p.name: p.parameter.detach() + step * p.dense(self.noise, direction, 1)[0] for p in self._parameters}
 
+    def draw(self, p: Perturbed, first: int, n_directions: int) -> "tuple[Tensor, Tensor] | Tensor":
+        """Return what :meth:`Perturbed.draw` does, without drawing again what the members were made of."""
+        if p.index not in self._drawn:
+            return p.draw(self.noise, first, n_directions)
+        first -= self.noise.direction(self.first)
+        part = slice(first, first + n_directions)
+        drawn = self._drawn[p.index]
+        return (drawn[0][part], drawn[1][part]) if isinstance(drawn, tuple) else drawn[part]
+
     def _draw(self, p: Perturbed) -> "tuple[Tensor, Tensor] | Tensor":
         """Return s·sigma·E of all members: factors (N, O, R) and (N, I, R) of the product, or dense (N, ...)."""
         each = 2 if self.noise.antithetic else 1
         first, last = self.noise.direction(self.first), self.noise.direction(self.first + self.size - 1)
         drawn = p.draw(self.noise, first, last - first + 1)
+        if sum(side.numel() for side in tree_leaves(drawn)) <= _KEPT:
+            self._drawn[p.index] = drawn
         steps_N = self.noise.steps(self.first, self.size)
         if isinstance(drawn, tuple):
             a_NOR, b_NIR = (side.repeat_interleave(each, 0) for side in drawn)
