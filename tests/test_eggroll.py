@@ -21,9 +21,9 @@ from test_workers import digest
 from eggroll_rl import EGGROLL
 from eggroll_rl.callbacks import GenerationCallback
 from eggroll_rl.config import RunConfig
-from eggroll_rl.envs import load_preset
+from eggroll_rl.envs import env_factory, load_preset
 from eggroll_rl.errors import ConfigError, EpisodeError
-from eggroll_rl.evaluation import evaluate, load_agent
+from eggroll_rl.evaluation import acting, evaluate, load_agent
 from eggroll_rl.policies import LinearPolicy, MlpPolicy
 from eggroll_rl.training import train
 
@@ -468,3 +468,12 @@ def test_the_first_policy_does_not_depend_on_the_number_of_threads():
         assert torch.equal(weights(1), weights(2))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_cart_pole_is_solved_within_its_budget(seed):
+    model = EGGROLL("MlpPolicy", "CartPole-v1", population_size=64, learning_rate=0.03, seed=seed, n_workers=2)
+    model.learn(300_000, log_interval=None)
+    result = evaluate(acting(model.policy), env_factory("CartPole-v1"), range(1000, 1100))
+    assert result.mean >= 475  # Gymnasium's threshold
