@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 LAYERS = [
-    ["errors", "noise", "forms", "lowrank", "population", "fitness", "schedules", "es"],
+    ["errors", "noise", "forms", "lowrank", "memberwise", "population", "fitness", "schedules", "es"],
     ["normalization", "observations", "policies", "recurrent", "actor"],
     ["registration", "mujoco_contacts", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
     ["serial_vector", "box2d", "envs", "rollout", "segments"],

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from eggroll_rl import EvolutionStrategy
-from eggroll_rl import population as population_module
+from eggroll_rl import EvolutionStrategy, memberwise
 from eggroll_rl.errors import UnsupportedModuleError
 from eggroll_rl.lowrank import estimate_gradient, perturbed_parameters
+from eggroll_rl.memberwise import MemberWise
 from eggroll_rl.noise import FAMILIES, Gaussian, LowRank, Noise, Sparse, make_family
-from eggroll_rl.population import MemberWise, Population
+from eggroll_rl.population import Population
 
 N = 6
 
@@ -239,10 +239,10 @@ def test_a_chunk_at_a_time_gives_the_same(monkeypatch):
     module, inputs = build("Transformer")
     whole = Population(module, make_noise()).forward(*inputs)
     for budget in (1, 40_000):
-        monkeypatch.setattr(population_module, "_MEMORY_BUDGET", budget)
-        population_module._CHUNKS.clear()
+        monkeypatch.setattr(memberwise, "_MEMORY_BUDGET", budget)
+        memberwise._CHUNKS.clear()
         assert torch.allclose(Population(module, make_noise()).forward(*inputs), whole, atol=1e-12)
-    (chunk,) = population_module._CHUNKS[module].values()
+    (chunk,) = memberwise._CHUNKS[module].values()
     assert 1 <= chunk < N
 
 
