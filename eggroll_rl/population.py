@@ -167,7 +167,11 @@ class Population:
         """
         if self._members is None:
             with torch.no_grad():
-                self._members = self._chain() if self._is_chain() else MemberWise(self._mean, self._per_member())
+                drawn = {id(p.parameter): self._draw(p) for p in self._parameters}
+                # A chain needs factors of every matrix, which not every family of noise has.
+                factored = all(isinstance(drawn[id(p.parameter)], tuple) for p in self._parameters if p.is_matrix)
+                is_chain = factored and _is_mlp(self._mean)
+                self._members = self._chain(drawn) if is_chain else MemberWise(self._mean, self._per_member(drawn))
         return self._members
 
     @torch.no_grad()
@@ -261,31 +265,20 @@ class Population:
         dense = drawn.repeat_interleave(each, 0)
         return dense * torch.from_numpy(steps_N).to(dense).view(-1, *[1] * (dense.dim() - 1))
 
-    def _is_chain(self) -> bool:
-        if not _is_mlp(self._mean):
-            return False
-        # Only low-rank noise has factors for every matrix, and a chain can do without the first.
-        matrices = [p for p in self._parameters if p.is_matrix]
-        return all(isinstance(p.draw(self.noise, 0, 1), tuple) for p in matrices)
-
-    def _chain(self) -> Chain:
-        by_parameter = {id(p.parameter): p for p in self._parameters}
-
+    def _chain(self, drawn: "dict[int, tuple[Tensor, Tensor] | Tensor]") -> Chain:
         def perturb(layer: nn.Module) -> nn.Module:
             if not isinstance(layer, nn.Linear):
                 return layer
-            weight, bias = by_parameter.get(id(layer.weight)), by_parameter.get(id(layer.bias))
-            if weight is None:  # frozen
+            factors, step_NO = drawn.get(id(layer.weight)), drawn.get(id(layer.bias))
+            if factors is None:  # frozen
                 a_NOR = layer.weight.new_zeros(self.size, layer.out_features, 1)
                 b_NIR = layer.weight.new_zeros(self.size, layer.in_features, 1)
             else:
-                a_NOR, b_NIR = self._draw(weight)
+                a_NOR, b_NIR = factors
             bias_NO = None
             if layer.bias is not None:
                 bias_NO = layer.bias.detach().expand(self.size, -1)
-                if bias is not None:
-                    step_NO = self._draw(bias)
-                    assert isinstance(step_NO, Tensor)
+                if isinstance(step_NO, Tensor):
                     bias_NO = bias_NO + step_NO
             return PerturbedLinear(layer, a_NOR, b_NIR, bias_NO)
 
@@ -295,12 +288,13 @@ class Population:
             converted.setdefault(id(layer), perturb(layer))
         return Chain(OrderedDict((name, converted[id(layer)]) for name, layer in self._mean._modules.items() if layer))
 
-    def _per_member(self) -> "dict[int, tuple[Tensor, Tensor] | Tensor]":
+    def _per_member(
+        self, drawn: "dict[int, tuple[Tensor, Tensor] | Tensor]"
+    ) -> "dict[int, tuple[Tensor, Tensor] | Tensor]":
         """Return by the parameter's id what its members have: factors of their step, or explicit values."""
-        found: dict[int, tuple[Tensor, Tensor] | Tensor] = {}
+        found = dict(drawn)
         for p in self._parameters:
-            drawn = self._draw(p)
-            if not isinstance(drawn, tuple):
-                drawn = p.parameter.detach() + drawn.view(self.size, *p.parameter.shape)
-            found[id(p.parameter)] = drawn
+            step = drawn[id(p.parameter)]
+            if isinstance(step, Tensor):
+                found[id(p.parameter)] = p.parameter.detach() + step.view(self.size, *p.parameter.shape)
         return found
