@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check format docs build clean
+.PHONY: demo test test-all reliability soak check format docs build clean
 
 demo: .venv          ## train HalfCheetah-v5 (two to three minutes on two cores) and record its video
 	$(BIN)/eggroll-rl train HalfCheetah-v5 --output runs/demo --overwrite
@@ -12,7 +12,13 @@ test: .venv          ## the default tests, under five minutes on two cores
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: .venv      ## with the slow ones
-	$(BIN)/python -m pytest -m "not ray and not gpu"
+	$(BIN)/python -m pytest -m "not ray and not gpu and not reliability and not soak"
+
+reliability: .venv   ## try every promise of docs/reliability.md and print the scoreboard, under 25 minutes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "promise and not soak" --scoreboard runs/reliability
+
+soak: .venv          ## an hour and a half: a long run watched for leaks, and the long loops of kills
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m soak --scoreboard runs/soak
 
 check: .venv         ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -6,6 +6,8 @@ import psutil
 import pytest
 import torch
 
+pytest_plugins = ["scoreboard"]
+
 torch.set_num_threads(1)
 
 
