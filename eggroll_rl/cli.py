@@ -15,7 +15,7 @@ from eggroll_rl.errors import ConfigError, ConsentError, EggrollError, RenderErr
 
 _OVERRIDES = {  # flags of `train` that are EGGROLL's own settings
     "fitness", "population_size", "sigma", "rank", "learning_rate", "n_eval_episodes", "fitness_shaping", "slice_size",
-    "policy",
+    "policy", "on_bad_member",
 }  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def cli() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the whole run.")
 @click.option("--total-timesteps", "-n", type=int, help="Env steps of all members together.")
 @click.option("--n-workers", type=int, help="Worker processes; 0: none. The result is the same. [default: all cores]")
+@click.option("--step-timeout", type=float, help="Seconds until a stuck worker is replaced; inf: never. [default: 300]")
 @click.option(
     "--output",
     "-o",
@@ -55,6 +56,7 @@ def cli() -> None:
 @click.option("--learning-rate", type=_Number(), help="Step size, of episodes; lin_X falls from X to 0.")
 @click.option("--n-eval-episodes", type=int, help="Training episodes per member.")
 @click.option("--fitness-shaping", help="centered_rank, pair_rank, standardize, none or best_fraction.")
+@click.option("--on-bad-member", help="A member that fails: raise an error, or rank it worst.")
 @click.option("--slice-size", type=int, help="Members evaluated together; part of the result.")
 @click.option("--policy", help="MlpPolicy, LinearPolicy, CnnPolicy, MultiInputPolicy or RecurrentPolicy.")
 @click.option("--max-episode-steps", type=int, help="Time limit of the task, in place of the registered one.")
@@ -125,7 +127,7 @@ def _was_given(context: click.Context, name: str) -> bool:
 
 def _resumed(config: Any, env: str, given: dict[str, Any]) -> Any:
     """Apply the flags that may change in a resumed run, and refuse the others."""
-    free = {"n_workers", "eval_freq", "checkpoint_every", "total_timesteps"}
+    free = {"n_workers", "step_timeout", "eval_freq", "checkpoint_every", "total_timesteps"}
     stored = {**config.eggroll, **vars(config)}
     for name, value in given.items():
         if name in free:

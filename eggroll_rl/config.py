@@ -14,6 +14,8 @@ from eggroll_rl.envs import EnvFactory, env_factory, resolve_wrappers
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import check_whole
 from eggroll_rl.policies import check_extractor_name, default_policy
+from eggroll_rl.settings import check_step_timeout
+from eggroll_rl.workers import STEP_TIMEOUT
 
 # Constructor arguments that the run itself decides.
 _RESERVED = {
@@ -22,6 +24,7 @@ _RESERVED = {
     "env_kwargs",
     "seed",
     "n_workers",
+    "step_timeout",
     "tensorboard_log",
     "stats_window_size",
     "verbose",
@@ -49,6 +52,7 @@ class RunConfig:
     :param total_timesteps: env steps of all members together
     :param seed: of the whole run
     :param n_workers: worker processes; None takes all cores. Does not change the result
+    :param step_timeout: seconds that a worker may take for one step of a slice; does not change the result
     :param eval_freq: env steps between evaluations; None: ten in the run; 0: at the end only
     :param eval_episodes: episodes per evaluation
     :param checkpoint_every: generations between checkpoints
@@ -62,6 +66,7 @@ class RunConfig:
     total_timesteps: int = 1_000_000
     seed: int = 0
     n_workers: int | None = None
+    step_timeout: float = STEP_TIMEOUT
     eval_freq: int | None = None
     eval_episodes: int = 10
     checkpoint_every: int = 10
@@ -75,6 +80,7 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None or name not in {"n_workers", "eval_freq", "max_episode_steps"}:
                 check_whole(name, value, least)
+        check_step_timeout(self.step_timeout)
         for name, kind in (("env_kwargs", dict), ("wrappers", list), ("eggroll", dict)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
@@ -148,7 +154,9 @@ class RunConfig:
             with closing(factory()) as env:
                 policy = default_policy(env.observation_space)
         settings = {name: value for name, value in self.eggroll.items() if name != "policy"}
-        return EGGROLL(policy, factory, seed=self.seed, n_workers=self.n_workers, **settings)
+        return EGGROLL(
+            policy, factory, seed=self.seed, n_workers=self.n_workers, step_timeout=self.step_timeout, **settings
+        )
 
 
 _OF_ONE_FITNESS = (

@@ -21,8 +21,12 @@ class EpisodeError(EggrollError, RuntimeError):
     """An episode failed; the text names generation, member, episode, step and seed, with the env's traceback."""
 
 
+class TooManyFailuresError(EpisodeError):
+    """More members of a generation failed than ``max_bad_fraction`` allows; nothing of it was used."""
+
+
 class WorkerDiedError(EggrollError, RuntimeError):
-    """A worker process ended without an answer."""
+    """A worker ended, or was stuck, again and again at the same slice; the text names generation, member and signal."""
 
 
 class RunFolderError(EggrollError):

@@ -125,9 +125,17 @@ def map_arrays(function: Callable[[Any], Any], obs: Any) -> Any:
 
 
 def put_row(batch: Observations, row: int, obs: Any) -> None:
-    """Write one env's observation into a batch."""
+    """Write one env's observation into a batch.
+
+    :raises ValueError: it lacks a key or has another shape; NumPy would repeat what is too small
+    """
     if isinstance(batch, dict):
+        if not isinstance(obs, dict) or batch.keys() - obs.keys():
+            got = sorted(obs) if isinstance(obs, dict) else type(obs).__name__
+            raise ValueError(f"the env's observation must have the keys {sorted(batch)}, got {got}")
         for key, part in batch.items():
-            part[row] = obs[key]
+            put_row(part, row, obs[key])
+    elif np.shape(obs) != batch.shape[1:]:
+        raise ValueError(f"the env's observation must have shape {batch.shape[1:]}, got {np.shape(obs)}")
     else:
         batch[row] = obs

@@ -63,7 +63,17 @@ def check_settings(model: Any) -> None:
         raise ConfigError(f"alive_bonus_offset must be a finite number, got {model.alive_bonus_offset!r}")
     if not isinstance(model.deterministic, bool):
         raise ConfigError(f"deterministic must be true or false, got {model.deterministic!r}")
+    if model.on_bad_member not in ("raise", "worst"):
+        raise ConfigError(f"on_bad_member must be 'raise' or 'worst', got {model.on_bad_member!r}")
+    check_fraction("max_bad_fraction", model.max_bad_fraction)
+    check_step_timeout(model.step_timeout)
     make_fitness_shaping(model.fitness_shaping, model.best_fraction)
+
+
+def check_step_timeout(value: object) -> None:
+    """Refuse what is not a number of seconds above 0; infinity is one."""
+    if value != math.inf:
+        check_positive("step_timeout", value)
 
 
 def check_given(fitness: str, given: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def test_an_env_that_cannot_be_made_in_a_worker_comes_home():
 
 
 def test_a_killed_worker_is_named_by_its_signal():
-    with pytest.raises(WorkerDiedError, match="SIGKILL"):
+    with pytest.raises(WorkerDiedError, match=r"generation 0, member \d+: the worker process ended \(signal SIGKILL\)"):
         trained(2, toy.make_fault("kill"))
 
 
@@ -153,4 +153,4 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path):
         parent.kill()
         parent.wait()
     _, alive = psutil.wait_procs(workers, timeout=10)
-    assert not alive
+    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]  # whom nobody has reaped yet
