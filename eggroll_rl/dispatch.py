@@ -119,7 +119,9 @@ def _after(losses: list[Lost], generation: Generation, retries: int) -> Task:
     what = f"{what}, {len(losses)} times" + (f", the last time at\n{lost.trace}" if lost.trace else "")
     blamed = {loss.member for loss in losses[-2:]}
     if not generation.max_failures or generation.anchors is not None or blamed != {lost.member} or lost.member is None:
-        raise WorkerDiedError(what)
+        error = WorkerDiedError(what)
+        error.member = lost.member
+        raise error
     losses.clear()
     left_out = {**task.left_out, lost.member: Failure(lost.member, lost.reason, what)}
     if len(left_out) > generation.max_failures:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks, replay
 from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, time_limit
-from eggroll_rl.errors import ConfigError, TooManyFailuresError
+from eggroll_rl.errors import ConfigError, EpisodeError, TooManyFailuresError, WorkerDiedError
 from eggroll_rl.es import EvolutionStrategy, check_positive, check_whole, one_thread
 from eggroll_rl.fitness import FitnessShaping
 from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
@@ -429,7 +429,9 @@ class EGGROLL(BaseAlgorithm):
         :param callback: SB3 callbacks see a finished generation replayed in member order; one that says stop
             ends the run before the update. A ``GenerationCallback`` is asked once per generation instead
         :param log_interval: generations between logs
-        :raises EpisodeError: an episode failed; nothing of its generation was used
+        :raises EpisodeError: an episode failed; nothing of its generation was used. A note says how to replay it
+        :raises WorkerDiedError: a worker died, or was stuck, again and again at the same slice; likewise
+        :raises TooManyFailuresError: more members failed than ``max_bad_fraction`` allows; likewise
         """
         if self.env is None:
             raise ConfigError("learn() needs an env: give one to the constructor, to load() or to set_env()")
@@ -454,6 +456,10 @@ class EGGROLL(BaseAlgorithm):
                         self.dump_logs()
                     if not all(c.on_generation_end() for c in generation_callbacks(callback)):
                         break
+        except (EpisodeError, WorkerDiedError) as error:
+            if error.member is not None and self._factory is not None:
+                error.add_note(f"model.replay_member({error.member}) runs it again, alone and in this process")
+            raise
         finally:
             bar.close()
             callback.on_training_end()

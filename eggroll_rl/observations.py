@@ -135,7 +135,7 @@ def put_row(batch: Observations, row: int, obs: Any) -> None:
             raise ValueError(f"the env's observation must have the keys {sorted(batch)}, got {got}")
         for key, part in batch.items():
             put_row(part, row, obs[key])
-    elif np.shape(obs) != batch.shape[1:]:
+    elif (obs.shape if type(obs) is np.ndarray else np.shape(obs)) != batch.shape[1:]:
         raise ValueError(f"the env's observation must have shape {batch.shape[1:]}, got {np.shape(obs)}")
     else:
         batch[row] = obs

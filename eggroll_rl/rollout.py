@@ -275,7 +275,9 @@ class Faults:
             return
         text = f"{self._where(row)}: {what}"
         if not self._max_failures:
-            raise EpisodeError(text)
+            error = EpisodeError(text)
+            error.member = self._first + row
+            raise error
         failed_N[row] = True
         self.failures.append(Failure(self._first + row, reason, text))
 

@@ -1,6 +1,5 @@
 """``SerialVectorEnv``: any Gymnasium env as a vector env that leaves finished sub-envs alone."""
 
-import numbers
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,15 +103,18 @@ class SerialVectorEnv(VectorEnv):
             try:
                 obs, reward, terminated, truncated, info = self.envs[i].step(actions[i])
                 put_row(self._obs, i, obs)
-                reward = _number(reward)
-                terminations[i], truncations[i] = _flag("terminated", terminated), _flag("truncated", truncated)
-                rewards[i] = reward
+                # The types are looked at here: a call takes as long as a look.
+                reward = reward if type(reward) is float else _number(reward)
+                ended = terminated if type(terminated) is bool else _flag("terminated", terminated)
+                cut = truncated if type(truncated) is bool else _flag("truncated", truncated)
             except (Exception, SystemExit) as error:
                 self._failed(infos, i, "step()", error)
                 continue
+            rewards[i] = reward
             if self._has_diverged(self.envs[i]):
                 infos = self._add_info(infos, {"diverged": True}, i)
-            if terminations[i] or truncations[i]:
+            if ended or cut:
+                terminations[i], truncations[i] = ended, cut
                 self._done[i] = True
                 if "is_success" in info:
                     infos = self._add_info(infos, {"is_success": bool(info["is_success"])}, i)
@@ -146,7 +148,8 @@ class SerialVectorEnv(VectorEnv):
 
 
 def _number(reward: Any) -> float:
-    if not isinstance(reward, numbers.Real) and (np.ndim(reward) > 0 or np.asarray(reward).dtype.kind not in "fiub"):
+    plain = isinstance(reward, float | int | np.floating | np.integer)
+    if not plain and (np.ndim(reward) > 0 or np.asarray(reward).dtype.kind not in "fiub"):
         raise TypeError(f"the env's reward must be a number, got {reward!r}")
     return float(reward)
 

@@ -65,7 +65,7 @@ class not_here:
     def __call__(self):
         if os.getpid() != self.pid:
             return self.make()
-        return make_faulty("none")()
+        return make_faulty("nothing")()
 
 
 @pytest.mark.promise("R1")
@@ -142,9 +142,7 @@ def test_two_hundred_random_kills(cells):
 
 
 @pytest.mark.promise("R2")
-@pytest.mark.parametrize(
-    "fault", ["segv", *(pytest.param(f, marks=pytest.mark.reliability) for f in ("kill", "exit"))]
-)
+@pytest.mark.parametrize("fault", ["segv", *(pytest.param(f, marks=pytest.mark.reliability) for f in ("kill", "exit"))])
 def test_a_member_that_ends_every_worker_is_named_after_bounded_tries(fault, tmp_path):
     what = {"segv": "signal SIGSEGV", "kill": "signal SIGKILL", "exit": "exit status 9"}[fault]
     env = make_faulty(fault, seed=seed_of(6), times=99, folder=tmp_path)
@@ -245,18 +243,18 @@ def child(code, **kwargs):
 
 @pytest.mark.promise("R7")
 @pytest.mark.reliability
-@pytest.mark.parametrize("fault", ["none", "hang", "hang_in_c", "stop"])
+@pytest.mark.parametrize("fault", ["nothing", "hang", "hang_in_c", "stop"])
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_leave_when_their_parent_is_gone(cells, fault, signum, tmp_path):
     for i in range(3):
         folder = tmp_path / str(i)
         folder.mkdir()
-        process = child(f"from chain import chain; from faulty import make_faulty; import sys; sys.argv = ['x'];"
-                        f"chain(make_faulty({fault!r}, times=9, folder={str(folder)!r}), n_generations=10**9)")  # fmt: skip
+        env = f"make_faulty({fault!r}, times=9, folder={str(folder)!r})"
+        process = child(f"from chain import chain; from faulty import make_faulty; chain({env}, n_generations=10**9)")
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             started = psutil.Process(process.pid).children()
-            ready = fault == "none" or any(folder.iterdir())
+            ready = fault == "nothing" or any(folder.iterdir())
             if len(started) == 2 and ready and all(w.cpu_times().user > 0.5 for w in started):
                 break
             time.sleep(0.05)
@@ -283,7 +281,7 @@ class Explosive:
         self.fault, self.when = fault, when
 
     def __call__(self):
-        return make_faulty("none")()
+        return make_faulty("nothing")()
 
     def __reduce__(self):
         from faulty import CALLS
