@@ -59,7 +59,10 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run folder, newest first, valid or not."""
     place = _place(folder)
-    found = [path for path in place.iterdir() if _NAME.fullmatch(path.name)] if place.is_dir() else []
+    try:
+        found = [path for path in place.iterdir() if _NAME.fullmatch(path.name)] if place.is_dir() else []
+    except OSError as error:
+        raise RunFolderError(f"cannot read {place}: {error.strerror}") from error
     found.sort(key=_generation, reverse=True)
     return [*found, *(path for path in [folder / _OLD] if os.path.lexists(path))]
 
@@ -78,7 +81,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 def _place(folder: Path) -> Path:
     place = folder / "checkpoints"
-    if place.is_symlink():  # behind which another run's may lie
+    if os.path.islink(place):  # behind which another run's may lie
         raise RunFolderError(f"{place} is a link: checkpoints are written into the run folder alone")
     return place
 
