@@ -3,13 +3,14 @@
     config.toml             the resolved settings, written before training starts; a preset like any other
     policy.safetensors      final mean policy with its normalizer; loads without the rest
     best.safetensors        the policy with the best evaluation
-    training.safetensors    everything that a resume needs
+    checkpoints/            everything that a resume needs, as of the last generations; see eggroll_rl.checkpoints
     progress.csv            one row per generation
     evaluations.npz         SB3's keys: timesteps, results, ep_lengths
     results.json            what came out, with seeds, versions and wall-clock
 
-Tensors and JSON: reading them executes nothing and imports nothing. Every file is written whole or not at all,
-but for the curve in ``progress.csv``, which grows by a line per generation.
+Tensors and JSON: reading them executes nothing and imports nothing, and allocates no more than a few times what lies
+on the disk. Every file is written whole or not at all, but for the curve in ``progress.csv``, which grows by a line
+per generation.
 """
 
 import csv
@@ -18,115 +19,30 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
-from gymnasium import spaces
-from safetensors import SafetensorError
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from eggroll_rl.errors import EggrollError, RunFolderError
+from eggroll_rl.errors import ConfigError, RunFolderError
+from eggroll_rl.files import cannot_write, one_line, parse_json, read_bounded, write_atomic
 from eggroll_rl.policies import MlpPolicy, check_extractor_name
 from eggroll_rl.recurrent import POLICIES
+from eggroll_rl.space_files import MOST_ENTRIES, count_entries, space_from_json, space_to_json
+from eggroll_rl.tensor_files import load_tensors, n_entries, refuse_non_finite, save_tensors
 
 RUN_FILES = {
-    "config.toml", "policy.safetensors", "best.safetensors", "training.safetensors", "progress.csv",
-    "evaluations.npz", "results.json",
+    "config.toml", "policy.safetensors", "best.safetensors", "progress.csv", "evaluations.npz", "results.json",
 }  # fmt: skip
-_FORMAT = "eggroll-rl"
-_VERSION = 1
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Make ``folder`` if it is not there, and keep other processes out of it as long as this one lives.
-
-    Windows, and file systems that know no locks, keep nobody out.
-
-    :raises RunFolderError: another process is in it, or it cannot be made
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"cannot write {folder}: {error.strerror}") from error
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunFolderError(f"{folder} is in use by another process: wait for it, or choose another") from error
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and onto the disk before it takes the old one's place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise RunFolderError(f"cannot write {path}: {error.strerror}") from error
-        raise
-    if os.name == "posix":  # Windows opens no folders
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-
-
-def save_tensors(path: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Write tensors and a JSON description as one safetensors file."""
-    metadata = {
-        "format": _FORMAT,
-        "version": str(_VERSION),
-        "kind": kind,
-        "about": json.dumps(about, allow_nan=False),
-    }
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, safetensors.torch.save(contiguous, metadata))
-
-
-def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_tensors` wrote.
-
-    :raises RunFolderError: the file is missing, damaged, or something else
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT or metadata.get("kind") != kind:
-                raise RunFolderError(f"{path} is a safetensors file, but not a {kind} of eggroll-rl")
-            if metadata.get("version") != str(_VERSION):
-                raise RunFolderError(
-                    f"{path} has format version {metadata.get('version')}; this eggroll-rl reads version {_VERSION}"
-                )
-            about = json.loads(metadata["about"])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise RunFolderError(f"{path} does not exist") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise RunFolderError(f"{path} is damaged or not a safetensors file ({_one_line(error)})") from error
+_MOST_CSV = 2**28  # bytes
+_MOST_JSON = 2**24
+_MOST_EVALUATIONS = 2**26  # of the file, and of each array in it
 
 
 def save_policy(path: Path, policy: MlpPolicy, about: dict[str, Any]) -> None:
@@ -145,64 +61,64 @@ def load_policy(path: Path) -> MlpPolicy:
     :raises RunFolderError: the file is missing, damaged, or not a policy of ours
     """
     tensors, about = load_tensors(path, "policy")
+    refuse_non_finite(tensors, path)
     try:
-        policy_class = POLICIES[about["policy"]]
-        observation_space, action_space = (space_from_json(about[n]) for n in ("observation_space", "action_space"))
-        # The weights drawn here are overwritten: the global generator is none the wiser.
-        with torch.random.fork_rng(devices=[]):
-            policy = policy_class(observation_space, action_space, **about["policy_kwargs"])
-        policy.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError, EggrollError) as error:
-        raise RunFolderError(f"{path} does not hold a policy that can be built ({_one_line(error)})") from error
+        policy = _build(tensors, about)
+    except Exception as error:  # of whatever a stranger wrote there
+        raise RunFolderError(f"{path} does not hold a policy that can be built ({one_line(error)})") from error
     policy.set_training_mode(False)
     return policy
 
 
-def space_to_json(space: spaces.Space) -> dict[str, Any]:
-    """Describe a space that policies support."""
-    if isinstance(space, spaces.Box):
-        bounds = {name: _bound_to_json(getattr(space, name)) for name in ("low", "high")}
-        return {"type": "Box", "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
-    if isinstance(space, spaces.Discrete):
-        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
-    if isinstance(space, spaces.MultiDiscrete):
-        start, dtype = space.start.tolist(), str(space.dtype)
-        return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": start, "dtype": dtype}
-    if isinstance(space, spaces.MultiBinary):
-        return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.n)}
-    if isinstance(space, spaces.Dict):
-        return {"type": "Dict", "spaces": {key: space_to_json(part) for key, part in space.spaces.items()}}
-    raise TypeError(f"cannot describe {space}")
+def _build(tensors: dict[str, Tensor], about: dict[str, Any]) -> MlpPolicy:
+    policy_class = POLICIES[about["policy"]]
+    described = [about[name] for name in ("observation_space", "action_space")]
+    if sum(map(count_entries, described)) > MOST_ENTRIES:
+        raise ValueError(f"its spaces have more than {MOST_ENTRIES:,} entries")
+    observation_space, action_space = map(space_from_json, described)
+    # The weights drawn here are overwritten: the global generator is none the wiser.
+    with torch.random.fork_rng(devices=[]), no_larger_than(tensors, sum(map(count_entries, described))):
+        policy = policy_class(observation_space, action_space, **about["policy_kwargs"])
+    for name, tensor in policy.state_dict().items():
+        if name in tensors and tensors[name].dtype != tensor.dtype:
+            raise ValueError(f"{name} is of {tensors[name].dtype}, not {tensor.dtype}")
+    policy.load_state_dict(tensors)
+    return policy
 
 
-def space_from_json(about: dict[str, Any]) -> spaces.Space:
-    """Build a space from :func:`space_to_json`."""
-    kind = about["type"]
-    if kind == "Box":
-        dtype, shape = np.dtype(about["dtype"]), tuple(about["shape"])
-        low, high = (
-            np.broadcast_to(np.array(about[n], dtype=np.float64), shape).astype(dtype) for n in ("low", "high")
-        )
-        return spaces.Box(low, high, shape, dtype.type)
-    if kind == "Discrete":
-        return spaces.Discrete(about["n"], start=about["start"])
-    if kind == "MultiDiscrete":
-        dtype = np.dtype(about.get("dtype", "int64"))
-        return spaces.MultiDiscrete(about["nvec"], dtype=dtype.type, start=about.get("start"))
-    if kind == "MultiBinary":
-        return spaces.MultiBinary(about["n"])
-    if kind == "Dict":
-        # Pairs: of a mapping Gymnasium sorts the keys, and their order is that of the network's inputs.
-        return spaces.Dict([(key, space_from_json(part)) for key, part in about["spaces"].items()])
-    raise ValueError(f"unknown space {kind!r}")
+@contextmanager
+def no_larger_than(tensors: dict[str, Tensor], n_others: int) -> Iterator[None]:
+    """Let a policy be built only if it can be the one whose tensors these are, before it takes memory or time.
+
+    :param n_others: entries of tensors that the policy has besides and a file does not
+    :raises ConfigError: a network is larger
+    """
+    with _Budget(2 * n_entries(tensors) + 16 * n_others + 2**16, 8 * len(tensors) + 256):
+        yield
 
 
-def _bound_to_json(bound: np.ndarray) -> Any:
-    # One number where all are equal; infinity as text, for JSON has none.
-    values = [x if math.isfinite(x) else str(x) for x in bound.astype(np.float64).ravel().tolist()]
-    if len(set(values)) == 1:
-        return values[0]
-    return np.array(values, dtype=object).reshape(bound.shape).tolist()
+class _Budget(TorchFunctionMode):
+    """Counts what ``torch.empty`` and its like are asked for, as ``torch.device`` does to move it elsewhere."""
+
+    _MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full)
+
+    def __init__(self, n_entries: int, n_tensors: int):
+        super().__init__()
+        self.n_entries, self.n_tensors = n_entries, n_tensors
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._MAKERS:
+            size = kwargs.get("size", args)
+            if func is torch.full:
+                size = kwargs.get("size", args[0] if args else ())
+            elif len(args) == 1 and not isinstance(args[0], int):
+                size = args[0]
+            self.n_entries -= math.prod(size)
+            self.n_tensors -= 1
+            if min(self.n_entries, self.n_tensors) < 0:
+                raise ConfigError("the settings describe a larger network than that whose tensors were saved")
+        return func(*args, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -233,16 +149,23 @@ def append_csv(path: Path, row: dict[str, Any]) -> None:
                 writer.writeheader()
             writer.writerow(row)
     except OSError as error:
-        raise RunFolderError(f"cannot write {path}: {error.strerror}") from error
+        raise cannot_write(path, error) from error
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read rows, or none if there is no file; a last line cut off in the middle is left out."""
+    """Read rows, or none if there is no file; a last line cut off in the middle is left out.
+
+    :raises RunFolderError: it cannot be read
+    """
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        return [row for row in reader if None not in row and None not in row.values()]
+    try:
+        text = read_bounded(path, _MOST_CSV).decode()
+        whole = text[: text.rfind("\n") + 1]  # a cut number would look like one
+        rows = list(csv.DictReader(io.StringIO(whole, newline="")))
+    except (OSError, ValueError, csv.Error) as error:
+        raise RunFolderError(f"{path} cannot be read ({one_line(error)})") from error
+    return [row for row in rows if None not in row and None not in row.values()]
 
 
 def write_evaluations(path: Path, evaluations: list[dict[str, Any]]) -> None:
@@ -259,19 +182,53 @@ def write_evaluations(path: Path, evaluations: list[dict[str, Any]]) -> None:
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """Read :func:`write_evaluations` back, or nothing if there is no file."""
+    """Read :func:`write_evaluations` back, or nothing if there is no file.
+
+    :raises RunFolderError: it is damaged or something else
+    """
     if not path.exists():
         return []
     try:
-        # NumPy leaves a file open that it opened and could not read.
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            columns = [file[name].tolist() for name in ("timesteps", "results", "ep_lengths", "seconds")]
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RunFolderError(f"{path} is damaged ({_one_line(error)}); without it the run can be resumed") from error
+        with zipfile.ZipFile(io.BytesIO(read_bounded(path, _MOST_EVALUATIONS))) as archive:
+            names = ("timesteps", "results", "ep_lengths", "seconds")
+            steps, results, lengths, seconds = (_array(archive, f"{name}.npy") for name in names)
+        if steps.ndim != 1 or seconds.shape != steps.shape or results.ndim != 2 or lengths.shape != results.shape:
+            raise ValueError("its arrays do not belong together")
+        columns = [column.tolist() for column in (steps, results, lengths, seconds)]
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise RunFolderError(f"{path} is damaged ({one_line(error)}); without it the run can be resumed") from error
     return [
         dict(zip(("timesteps", "returns", "lengths", "seconds"), row, strict=True))
         for row in zip(*columns, strict=True)
     ]
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Read an array of finite numbers, no larger than it may be, whatever the archive says of its size."""
+    with archive.open(name) as file:
+        content = file.read(_MOST_EVALUATIONS + 1)
+    if len(content) > _MOST_EVALUATIONS:
+        raise ValueError(f"{name} has more than {_MOST_EVALUATIONS:,} bytes")
+    stream = io.BytesIO(content)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError(f"{name} is not an array of this format")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.kind not in "iuf" or math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
+        raise ValueError(f"{name} does not hold the numbers that it says")
+    stream.seek(0)
+    array = np.lib.format.read_array(stream, allow_pickle=False)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} has entries that are not finite")
+    return array
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -279,18 +236,26 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read :func:`write_json` back.
+
+    :raises RunFolderError: it is missing, damaged or something else
+    """
+    try:
+        value = parse_json(read_bounded(path, _MOST_JSON).decode())
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read ({one_line(error)})") from error
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{path} cannot be read (it is no table)")
+    return value
+
+
 def list_runs(root: Path = Path("agents")) -> list[tuple[Path, dict[str, Any]]]:
     """Return the finished runs below ``root``, those of comparisons too, with their results."""
     runs = []
     for path in sorted([*root.glob("*/*/results.json"), *root.glob("*/compare/*/results.json")]):
         try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            runs.append((path.parent, read_json(path)))
+        except RunFolderError:
             continue  # not ours to judge in a listing
-        if isinstance(results, dict):
-            runs.append((path.parent, results))
     return runs
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -12,6 +12,7 @@ import eggroll_rl
 from eggroll_rl.cli_bench import bench
 from eggroll_rl.cli_models import MODEL_COMMANDS, gym_packages
 from eggroll_rl.errors import ConfigError, ConsentError, EggrollError, RenderError, RunFolderError
+from eggroll_rl.signals import sigterm_raised, status_of
 
 _OVERRIDES = {  # flags of `train` that are EGGROLL's own settings
     "fitness", "population_size", "sigma", "rank", "learning_rate", "n_eval_episodes", "fitness_shaping", "slice_size",
@@ -63,6 +64,7 @@ def cli() -> None:
 @click.option("--eval-freq", type=int, help="Env steps between evaluations; 0: only at the end. [default: a tenth]")
 @click.option("--eval-episodes", type=int, help="Episodes per evaluation. [default: 10]")
 @click.option("--checkpoint-every", type=int, help="Generations between checkpoints. [default: 10]")
+@click.option("--keep-checkpoints", type=int, help="Checkpoints that are kept, the last ones. [default: 2]")
 @click.option("--tensorboard-log", type=click.Path(path_type=Path), help="Folder for TensorBoard's files.")
 @click.option("--track", metavar="PROJECT", help="Log to this project of W&B, too.")
 @click.option("--resume", is_flag=True, help="Continue the run in the output folder.")
@@ -127,7 +129,7 @@ def _was_given(context: click.Context, name: str) -> bool:
 
 def _resumed(config: Any, env: str, given: dict[str, Any]) -> Any:
     """Apply the flags that may change in a resumed run, and refuse the others."""
-    free = {"n_workers", "step_timeout", "eval_freq", "checkpoint_every", "total_timesteps"}
+    free = {"n_workers", "step_timeout", "eval_freq", "checkpoint_every", "keep_checkpoints", "total_timesteps"}
     stored = {**config.eggroll, **vars(config)}
     for name, value in given.items():
         if name in free:
@@ -219,9 +221,9 @@ def compare(
     command = shlex.join(["eggroll-rl", *sys.argv[1:]])
     try:
         result = comparing.compare(env, algos, seeds, rules, folder, threshold, overwrite, command)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         click.echo("stopped; the same command goes on with what is left", err=True)
-        sys.exit(130)
+        sys.exit(status_of(stop))
     click.echo(markdown(result))
     click.echo(f"saved in {folder}: comparison.png, .csv, .json, .md; the runs in {folder / 'compare'}")
     if ours:
@@ -270,9 +272,9 @@ def tune(
     folder = output or Path("runs") / f"tune-{default_folder(load_preset(env).get('env_id', env), 0).parent.name}"
     try:
         best = tuning.tune(tuning.Search(env, fitness, objective, seeds, rules), trials, folder)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         click.echo("stopped; the same command goes on", err=True)
-        sys.exit(130)
+        sys.exit(status_of(stop))
     if not best:
         raise EggrollError(f"no trial succeeded; {folder / 'trials.csv'} lists them")
     click.echo((folder / "preset.toml").read_text(encoding="utf-8"))
@@ -287,9 +289,10 @@ for command in MODEL_COMMANDS:
 def main() -> None:
     """Run the command line: one line on stderr and status 2 for a user's mistake, 1 for a failed run."""
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
+        with sigterm_raised():
+            cli(standalone_mode=False)
+    except click.exceptions.Abort as stop:  # click's, of an interruption
+        sys.exit(status_of(stop.__cause__))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "")
     except click.ClickException as error:
@@ -301,8 +304,8 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        sys.exit(status_of(stop))
 
 
 def _fail(message: str, status: int) -> None:

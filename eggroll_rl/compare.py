@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,13 +15,15 @@ from eggroll_rl import agents
 from eggroll_rl.compare_algorithms import build, settings_of
 from eggroll_rl.compare_plot import plot_comparison
 from eggroll_rl.compare_report import Run, csv_rows, display_name, markdown, summarize
-from eggroll_rl.compare_run import Rules, read_config, same_run, write_config
+from eggroll_rl.compare_run import WITH_PARENT, Rules, read_config, same_run, write_config
 from eggroll_rl.compare_stats import iqm
 from eggroll_rl.config import RunConfig
 from eggroll_rl.envs import EnvFactory, check_time_limit, load_preset
 from eggroll_rl.errors import ConfigError, EggrollError, RunFolderError
 from eggroll_rl.es import check_whole
+from eggroll_rl.files import alone_in
 from eggroll_rl.plots import figure_class
+from eggroll_rl.signals import run_child
 
 # In the order in which they may go: a folder without results is a run broken off, one without config.toml is nobody's.
 _RUN_FILES = ("results.json", "policy.safetensors", "model.zip", "vecnormalize.pkl", "evaluations.npz", "config.toml")
@@ -65,7 +66,7 @@ def compare(
         _try_out(algo, settings[algo], _config(preset, env, 0), factory, rules.n_cores)
 
     entries = [(_folder(output, algo, config.seed), algo, config) for config in configs for algo in algos]
-    with agents.alone_in(output / "compare"):
+    with alone_in(output / "compare"):
         _do_runs(entries, settings, rules, overwrite)
     runs = {algo: [Run.read(folder) for folder, its, _ in entries if its == algo] for algo in algos}
     there = {path.parent for path in (output / "compare").glob("*/results.json")}
@@ -140,15 +141,8 @@ def _run(folder: Path, rules: Rules) -> None:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(rules.torch_threads))
     # The package is found wherever this one was, in a checkout too.
     path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    words = [sys.executable, "-m", "eggroll_rl.compare_run", str(folder)]
-    # In a session of its own: Ctrl-C comes to this process alone, which then ends the run.
-    process = subprocess.Popen(words, env={**os.environ, **threads, "PYTHONPATH": path}, start_new_session=True)
-    try:
-        status = process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
+    words = [sys.executable, "-m", "eggroll_rl.compare_run", str(folder), WITH_PARENT]
+    status = run_child(words, {**os.environ, **threads, "PYTHONPATH": path})
     if status:
         raise EggrollError(f"the run in {folder} failed (status {status}); its error is above, finished runs are kept")
 

@@ -1,6 +1,5 @@
 """What a comparison says: ``comparison.json``, ``comparison.csv``, ``comparison.md`` and ``agents/README.md``."""
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -44,7 +43,7 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """Read a run folder."""
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = agents.read_json(folder / "results.json")
         return cls(folder, results, agents.read_evaluations(folder / "evaluations.npz"))
 
     def curve(self, axis: str) -> tuple[list[float], list[float]]:
@@ -283,9 +282,7 @@ def write_readme(root: Path) -> bool:
         "Each folder is one run: `eggroll-rl evaluate FOLDER` evaluates it again, `eggroll-rl record FOLDER` films it."
         + (" What was tried, and what did not work, is in [LOG.md](LOG.md)." if (root / "LOG.md").exists() else ""),
     ]
-    compared = {
-        p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in sorted(root.glob("*/comparison.json"))
-    }
+    compared = {path.parent.name: agents.read_json(path) for path in sorted(root.glob("*/comparison.json"))}
     parts += _over_tasks(list(compared.values()))
     for folder, comparison in compared.items():
         parts += [f"## {comparison['env_id']}, compared", f"![curves of {folder}]({folder}/comparison.png)"]

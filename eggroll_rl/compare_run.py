@@ -9,7 +9,6 @@
 """
 
 import copy
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -32,9 +31,11 @@ from eggroll_rl.evaluation import acting, batched, evaluate, find_algorithm
 from eggroll_rl.machine import machine, versions
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.sb3_export import export_policy
+from eggroll_rl.signals import end_with_parent
 from eggroll_rl.training import SELECTION_SEED
 
 FOREVER = 2**62  # env steps
+WITH_PARENT = "--with-parent"  # of main(): end when standard input does
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,6 @@ class BudgetRecorder(GenerationCallback):
     through ``on_rollout_start`` between two updates, SB3's off-policy ones at every ``train_freq``.
 
     :param started: ``time.perf_counter()`` from which on time counts
-    :param parent: process that started this one: the run ends with it
     :param on_evaluation: called at each point with its number and the mean return; what it raises ends the run
     """
 
@@ -151,7 +151,6 @@ class BudgetRecorder(GenerationCallback):
         factory: EnvFactory,
         rules: Rules,
         started: float,
-        parent: int | None = None,
         on_evaluation: Callable[[int, float], None] | None = None,
     ):
         super().__init__()
@@ -163,7 +162,6 @@ class BudgetRecorder(GenerationCallback):
         self._stopped = 0.0  # seconds that do not count
         self._next = 0  # point
         self._held_progress = 0.0
-        self._parent = parent
 
     @property
     def seconds(self) -> float:
@@ -197,8 +195,6 @@ class BudgetRecorder(GenerationCallback):
         if self.held is None or progress - self._held_progress >= 0.001 or progress == 1.0:
             self.held, self._held_progress = hold(self.model, steps, seconds), progress
         self._stopped += time.perf_counter() - began
-        if self._parent is not None and os.getppid() != self._parent:
-            raise SystemExit(1)
 
     def finish(self) -> None:
         """Evaluate the last policy at the points that are left."""
@@ -257,7 +253,7 @@ def run(folder: Path) -> None:
     import_everything(algo)
     started = time.perf_counter()
     learner = build(algo, settings, config, factory, rules.n_cores)
-    recorder = BudgetRecorder(f"{algo} seed {config.seed}", factory, rules, started, parent=os.getppid())
+    recorder = BudgetRecorder(f"{algo} seed {config.seed}", factory, rules, started)
     failed = None
     try:
         learner.learn(rules.timesteps or FOREVER, recorder)
@@ -337,6 +333,8 @@ def machine_speed(seconds: float = 0.5) -> float:
 
 def main() -> None:
     """Run the folder named on the command line; one line on stderr for a user's mistake."""
+    if sys.argv[2:] == [WITH_PARENT]:
+        end_with_parent()
     try:
         run(Path(sys.argv[1]))
     except EggrollError as error:

@@ -56,6 +56,7 @@ class RunConfig:
     :param eval_freq: env steps between evaluations; None: ten in the run; 0: at the end only
     :param eval_episodes: episodes per evaluation
     :param checkpoint_every: generations between checkpoints
+    :param keep_checkpoints: how many of them are kept, the last ones
     :param eggroll: arguments of :class:`eggroll_rl.eggroll.EGGROLL`
     """
 
@@ -70,11 +71,13 @@ class RunConfig:
     eval_freq: int | None = None
     eval_episodes: int = 10
     checkpoint_every: int = 10
+    keep_checkpoints: int = 2
     eggroll: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (
             ("total_timesteps", 1), ("seed", 0), ("eval_episodes", 1), ("checkpoint_every", 1),
+            ("keep_checkpoints", 1),
             ("n_workers", 0), ("eval_freq", 0), ("max_episode_steps", 1),
         ):  # fmt: skip
             value = getattr(self, name)

@@ -23,6 +23,7 @@ from gymnasium.wrappers import TimeLimit
 from eggroll_rl.box2d import with_fresh_world
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import check_whole
+from eggroll_rl.files import read_bounded
 from eggroll_rl.mujoco_tasks import vector_task
 from eggroll_rl.mujoco_vector import MujocoVectorEnv, mujoco_warnings_silenced
 from eggroll_rl.serial_vector import SerialVectorEnv
@@ -31,6 +32,7 @@ _PURE_WRAPPERS = (
     gym.ObservationWrapper, gym.ActionWrapper, gym.RewardWrapper,
     gym_wrappers.FrameStackObservation, gym_wrappers.MaxAndSkipObservation, TimeLimit,
 )  # fmt: skip
+_MOST_TOML = 2**18  # bytes
 EnvSource = str | EnvSpec | Callable[[], gym.Env]
 
 
@@ -265,14 +267,16 @@ def load_preset(name: str) -> dict[str, Any]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file.
 
-    :raises ConfigError: it is not there or not TOML
+    :raises ConfigError: it is not there, not TOML, or too large or too deeply nested to be anybody's settings
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_bounded(path, _MOST_TOML).decode())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {_one_line(error)}") from error
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid TOML: nested too deeply") from None
+    except ValueError as error:  # TOML's, UTF-8's, and Python's for an integer of thousands of digits
+        raise ConfigError(f"{path} is not valid TOML: {_one_line(error)[:200]}") from error
 
 
 def resolve_wrappers(

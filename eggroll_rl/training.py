@@ -19,12 +19,15 @@ from tqdm.auto import tqdm
 
 from eggroll_rl import agents
 from eggroll_rl.callbacks import GenerationCallback
+from eggroll_rl.checkpoints import list_checkpoints, newest_checkpoint, remove_checkpoints, save_checkpoint
 from eggroll_rl.config import RunConfig
 from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory, check_time_limit, read_toml
 from eggroll_rl.errors import ConfigError, RunFolderError
 from eggroll_rl.evaluation import Evaluation, acting, evaluate
+from eggroll_rl.files import alone_in, cannot_write, one_line, sync, write_atomic
 from eggroll_rl.machine import machine, versions
+from eggroll_rl.signals import handlers
 from eggroll_rl.tracking import tracked
 from eggroll_rl.workers import count_workers
 
@@ -34,6 +37,7 @@ SELECTION_SEED = 1_000_000
 REPORT_SEED = 2_000_000
 REPORT_EPISODES = 20
 _LAST_EPISODES = ("ep_rew_mean", "ep_len_mean")
+_MOST_INPUTS = 2**20  # of a policy's normalizer and the like, when its network is bounded by a checkpoint
 
 
 class Interrupted(BaseException):
@@ -66,14 +70,22 @@ def train(
     _check_folder(folder, resume, overwrite)
     factory = config.factory(gym_packages)
     check_time_limit(factory())  # the training cap does not end an evaluation
-    model = config.model(factory)
+    model = _model(config, factory, folder if resume else None)
     config.resolve(model)
     about = {**config.of_the_result(), "total_timesteps": config.total_timesteps}
     with (
-        agents.alone_in(folder),
+        alone_in(folder),
         tracked(model, f"{config.env_id}-{folder.name}", about, tensorboard_log, track) as logging,
     ):
         return _train(config, model, factory, folder, resume, progress_bar, 1 if logging else None)
+
+
+def _model(config: RunConfig, factory: EnvFactory, resumed: Path | None) -> EGGROLL:
+    if resumed is None:
+        return config.model(factory)
+    _, tensors, _, _ = newest_checkpoint(resumed)  # the run may be a stranger's, and ask for any size
+    with agents.no_larger_than(tensors, _MOST_INPUTS):
+        return config.model(factory)
 
 
 def _train(
@@ -87,26 +99,25 @@ def _train(
 ) -> dict[str, Any]:
     recorder = RunRecorder(config, folder, factory, logs=log_interval is not None)
     recorder.init_callback(model)
-    if resume:
-        recorder.restore(model)
-    else:
-        _clear(folder)
-    agents.write_atomic(folder / "config.toml", config.to_toml().encode())
-    recorder.checkpoint()  # from here on there is something to resume
-    remaining = config.total_timesteps - model.num_timesteps
-    if remaining > 0:
-        with recorder.signals():
+    with recorder.signals():
+        if resume:
+            recorder.restore(model)
+        else:
+            _clear(folder)
+        write_atomic(folder / "config.toml", config.to_toml().encode())
+        recorder.checkpoint()  # from here on there is something to resume
+        remaining = config.total_timesteps - model.num_timesteps
+        if remaining > 0:
             try:
                 model.learn(
                     remaining, callback=recorder, log_interval=log_interval, reset_num_timesteps=not resume,
                     progress_bar=progress_bar,
                 )  # fmt: skip
-            except BaseException:
-                # Whatever ended it, the last generation's boundary is intact and worth keeping.
-                recorder.checkpoint()
+            except BaseException as error:
+                recorder.checkpoint_after(error)
                 raise
-    recorder.checkpoint()
-    return recorder.finish()
+            recorder.checkpoint()
+        return recorder.finish()
 
 
 class RunRecorder(GenerationCallback):
@@ -225,6 +236,8 @@ class RunRecorder(GenerationCallback):
     def finish(self) -> dict[str, Any]:
         """Save the final policy, evaluate it and the best one on fresh seeds, and write the results."""
         model = self._model
+        self._interruptible = True  # the last checkpoint is written: a resume comes here again
+        self._stop_if_asked()
         agents.save_policy(self.folder / "policy.safetensors", model.policy, self._about())
         final = self._evaluate(model.policy, REPORT_SEED, REPORT_EPISODES)
         best_path = self.folder / "best.safetensors"
@@ -276,15 +289,32 @@ class RunRecorder(GenerationCallback):
             "last_episodes": {name: last[name] for name in _LAST_EPISODES if math.isfinite(last[name])},
             "settings": tomli_w.dumps(self.config.of_the_result()),
         }
-        agents.save_tensors(self.folder / "training.safetensors", "training", tensors, about)
+        if (self.folder / "progress.csv").exists():
+            sync(self.folder / "progress.csv")  # its rows up to this generation come before the checkpoint
+        save_checkpoint(self.folder, tensors, about, self.config.keep_checkpoints)
+
+    def checkpoint_after(self, error: BaseException) -> None:
+        """Keep the last generation's boundary, which is intact whatever ended the training.
+
+        :raises RunFolderError: it cannot be written, and that is the worse news: the user believed it to be saved
+        """
+        if isinstance(error, RunFolderError):
+            return  # the disk is full already
+        try:
+            self.checkpoint()
+        except RunFolderError as failed:
+            if isinstance(error, Interrupted | KeyboardInterrupt):
+                raise
+            self._say(f"nothing was saved of the last generations: {failed}")
 
     def restore(self, model: EGGROLL) -> None:
         """Bring a new model to the state of the last checkpoint, and cut the curves there.
 
         :raises RunFolderError: the checkpoint is missing, damaged, or of another configuration
         """
-        path = self.folder / "training.safetensors"
-        tensors, about = agents.load_tensors(path, "training")
+        path, tensors, about, skipped = newest_checkpoint(self.folder)
+        for reason in skipped:
+            self._say(f"skipped: {reason}")
         try:
             before, now = tomllib.loads(about["settings"]), tomllib.loads(tomli_w.dumps(self.config.of_the_result()))
             for table in (before, now):
@@ -309,11 +339,12 @@ class RunRecorder(GenerationCallback):
             model.last_generation.update(about.get("last_episodes", {}))
             model._n_updates, model.num_timesteps = about["generation"], about["timesteps"]
             self.seconds_before = about["training_seconds"]
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{path} does not fit {self.folder / 'config.toml'}: {error}") from error
+        except Exception as error:  # of whatever a stranger wrote there
+            what = one_line(error)
+            raise RunFolderError(f"{path} does not fit {self.folder / 'config.toml'}: {what}") from error
         self._boundary = {"generation": about["generation"], "timesteps": about["timesteps"]}
         rows = agents.read_csv(self.folder / "progress.csv")
-        self.rows = [row for row in rows if int(row["generation"]) <= about["generation"]]
+        self.rows = [row for row in rows if _generation(row) <= about["generation"]]
         agents.write_csv(self.folder / "progress.csv", self.rows)
         evaluations = agents.read_evaluations(self.folder / "evaluations.npz")
         self.evaluations = [e for e in evaluations if e["timesteps"] <= about["timesteps"]]
@@ -334,12 +365,8 @@ class RunRecorder(GenerationCallback):
             if self._interruptible:
                 self._stop_if_asked()
 
-        before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handlers(dict.fromkeys((signal.SIGINT, signal.SIGTERM), handle)):
             yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
     def _stop_if_asked(self) -> None:
         if self._pending is not None:
@@ -376,8 +403,8 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
     if resume:
-        if not (folder / "training.safetensors").exists():
-            raise RunFolderError(f"{folder} holds no run to resume: it has no training.safetensors")
+        if not list_checkpoints(folder):
+            raise RunFolderError(f"{folder} holds no run to resume: it has no checkpoint")
     elif folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file, not a run folder")
     elif folder.exists() and any(folder.iterdir()):
@@ -391,8 +418,16 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove the run that is to be replaced, and nothing else that lies there."""
+    remove_checkpoints(folder)
     for name in agents.RUN_FILES:
         try:
             (folder / name).unlink(missing_ok=True)
         except OSError as error:
-            raise RunFolderError(f"cannot write {folder}: {error.strerror}") from error
+            raise cannot_write(folder, error) from error
+
+
+def _generation(row: dict[str, str]) -> int:
+    try:
+        return int(row["generation"])
+    except (KeyError, ValueError):
+        raise RunFolderError(f"progress.csv has a row without its generation: {str(row)[:80]}") from None

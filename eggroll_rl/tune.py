@@ -23,6 +23,7 @@ from eggroll_rl.config import RunConfig, check_names, without_fitness
 from eggroll_rl.envs import EnvFactory, load_preset
 from eggroll_rl.errors import ConfigError, EggrollError
 from eggroll_rl.es import check_whole
+from eggroll_rl.files import alone_in
 
 OBJECTIVES = ("final", "mean")
 _NETWORKS: dict[str, list[int]] = {"linear": [], "8": [8], "16": [16], "32": [32], "64": [64], "64-64": [64, 64]}
@@ -97,7 +98,7 @@ def tune(search: Search, n_trials: int, folder: Path) -> dict[str, Any]:
     import_everything("eggroll")
     _close(build("eggroll", base, replace(config), factory, search.rules.n_cores))  # refuses what cannot be, at once
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with agents.alone_in(folder):
+    with alone_in(folder):
         study = _open(search, base, space, folder)
         while _n_done(study) < n_trials:
             trial = study.ask()

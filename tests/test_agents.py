@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 from gymnasium import spaces
 
-from eggroll_rl import agents
+from eggroll_rl import agents, files
 from eggroll_rl.errors import RunFolderError
 from eggroll_rl.policies import LinearPolicy, MlpPolicy
+from eggroll_rl.space_files import space_from_json, space_to_json
 
 OBS = spaces.Box(np.array([-1.0, -np.inf]), np.array([1.0, np.inf]), dtype=np.float64)
 ACTIONS = spaces.Box(-2, 3, (2,), np.float32)
@@ -50,7 +51,7 @@ def test_a_policy_is_built_again_without_its_env(tmp_path):
     ],
 )
 def test_spaces_survive_json(space):
-    back = agents.space_from_json(json.loads(json.dumps(agents.space_to_json(space), allow_nan=False)))
+    back = space_from_json(json.loads(json.dumps(space_to_json(space), allow_nan=False)))
     assert back == space
     if isinstance(space, spaces.Dict):
         assert list(back) == list(space)
@@ -117,7 +118,7 @@ def unknown_policy(path):
         (header_only, "damaged"),
         (foreign, "not a policy of eggroll-rl"),
         (other_kind, "not a policy of eggroll-rl"),
-        (newer, "format version 99; this eggroll-rl reads version 1"),
+        (newer, "format version 99; this eggroll-rl reads versions 1 and 2"),
         (wrong_shapes, "cannot be built|can be built"),
         (unknown_policy, "can be built"),
     ],
@@ -144,14 +145,14 @@ def test_loading_runs_no_code(tmp_path):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    agents.write_atomic(path, b"old")
+    files.write_atomic(path, b"old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(agents.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(RunFolderError, match="cannot write .*file: No space left on device"):
-        agents.write_atomic(path, b"new")
+        files.write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -182,16 +183,16 @@ def test_a_folder_is_one_processs_own_until_that_ends(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from eggroll_rl.agents import alone_in
+from eggroll_rl.files import alone_in
 with alone_in(Path({str(folder)!r})):
     print("in", flush=True)
     time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "in\n"
-        with pytest.raises(RunFolderError, match="run is in use by another process"), agents.alone_in(folder):
+        with pytest.raises(RunFolderError, match="run is in use by another process"), files.alone_in(folder):
             pass
         process.kill()
     for _ in range(2):
-        with agents.alone_in(folder):
+        with files.alone_in(folder):
             assert not list(folder.iterdir())

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from eggroll_rl import cli, compare_run
-from eggroll_rl.agents import alone_in, load_tensors, read_evaluations
+from eggroll_rl.agents import load_tensors, read_evaluations
 from eggroll_rl.compare import compare
 from eggroll_rl.compare_algorithms import build, settings_of
 from eggroll_rl.compare_run import Rules, read_config, run, write_config
 from eggroll_rl.config import RunConfig
 from eggroll_rl.errors import ConfigError, ConsentError, RunFolderError
 from eggroll_rl.evaluation import evaluate, load_agent
+from eggroll_rl.files import alone_in
 
 pytest.importorskip("sb3_contrib")
 SMALL = {

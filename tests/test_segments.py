@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
-from safetensors.numpy import load_file
 from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from stable_baselines3.common.logger import configure
 from test_workers import digest, trained
 
 from eggroll_rl import EGGROLL, scoring
+from eggroll_rl.checkpoints import newest_checkpoint
 from eggroll_rl.config import RunConfig
 from eggroll_rl.critic import Critic, advantages
 from eggroll_rl.envs import env_factory
@@ -352,7 +352,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     train(config(1200), tmp_path / "whole", progress_bar=False)
     train(config(600), tmp_path / "cut", progress_bar=False)
     train(config(1200), tmp_path / "cut", resume=True, progress_bar=False)
-    whole, cut = (load_file(tmp_path / name / "training.safetensors") for name in ("whole", "cut"))
+    whole, cut = (newest_checkpoint(tmp_path / name)[1] for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and any(name.startswith("scorer.critic.") for name in whole)
     for name in whole:
         assert np.array_equal(whole[name], cut[name], equal_nan=True), name

@@ -16,8 +16,10 @@ from gymnasium.envs.registration import register, registry
 
 from eggroll_rl import agents, training
 from eggroll_rl.agents import load_policy, load_tensors, read_csv, save_tensors
+from eggroll_rl.checkpoints import list_checkpoints, newest_checkpoint
 from eggroll_rl.config import RunConfig
 from eggroll_rl.errors import ConfigError, EpisodeError, RunFolderError
+from eggroll_rl.files import alone_in
 from eggroll_rl.training import Interrupted, load_run_config, train
 
 if "Fault-v0" not in registry:
@@ -37,7 +39,15 @@ def config(**changes):
 
 
 def tensors(folder, name="training"):
-    return load_tensors(folder / f"{name}.safetensors", "training" if name == "training" else "policy")[0]
+    return (
+        newest_checkpoint(folder)[1]
+        if name == "training"
+        else load_tensors(folder / f"{name}.safetensors", "policy")[0]
+    )
+
+
+def contents(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def curve(folder):
@@ -67,9 +77,12 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_everything_it_promises(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "config.toml", "policy.safetensors", "best.safetensors", "training.safetensors", "progress.csv",
-        "evaluations.npz", "results.json",
+        "config.toml", "policy.safetensors", "best.safetensors", "checkpoints", "progress.csv", "evaluations.npz",
+        "results.json",
     }  # fmt: skip
+    generations = len(curve(finished))
+    names = [f"generation-{g:08d}.safetensors" for g in ((generations - 1) // 2 * 2, generations)]
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == names
     results = json.loads((finished / "results.json").read_text())
     rows = curve(finished)
     assert results["timesteps"] == int(rows[-1]["timesteps"]) >= 2000
@@ -135,7 +148,7 @@ def test_a_run_that_dies_resumes_from_its_last_checkpoint(finished, tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             train(config(), folder, progress_bar=False)
     monkeypatch.undo()
-    assert load_tensors(folder / "training.safetensors", "training")[1]["generation"] == 4
+    assert newest_checkpoint(folder)[2]["generation"] == 4
     train(load_run_config(folder), folder, resume=True, progress_bar=False)
     assert_same_run(finished, folder)
 
@@ -181,7 +194,7 @@ def test_an_error_in_the_env_keeps_what_was_reached(tmp_path):
         EpisodeError, match="generation 0, member 0, episode 0, step 3, seed .*reward is not finite: nan"
     ):
         train(config(env_id="Fault-v0", env_kwargs={"fault": "nan_reward"}), folder, progress_bar=False)
-    saved, about = load_tensors(folder / "training.safetensors", "training")
+    _, saved, about, _ = newest_checkpoint(folder)
     assert about["generation"] == 0 and all(tensor.isfinite().all() for tensor in saved.values())
 
 
@@ -196,7 +209,7 @@ def test_an_existing_folder_is_refused_unless_the_user_says_what_to_do(finished,
         train(config(), marker, overwrite=True)
     assert "something else" in (marker / "config.toml").read_text()
     assert (marker / "thesis.tex").read_text() == "precious"
-    with pytest.raises(RunFolderError, match="no training.safetensors"):
+    with pytest.raises(RunFolderError, match="no checkpoint"):
         train(config(), marker, resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="is a file"):
@@ -207,12 +220,12 @@ def test_an_existing_folder_is_refused_unless_the_user_says_what_to_do(finished,
 
 def test_a_run_in_progress_is_left_alone(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with agents.alone_in(tmp_path / "run"):
+    before = contents(tmp_path / "run")
+    with alone_in(tmp_path / "run"):
         for how in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(RunFolderError, match="in use by another process"):
                 train(config(), tmp_path / "run", **how, progress_bar=False)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_checkpoint_of_another_network_does_not_fit(finished, tmp_path):
@@ -225,7 +238,7 @@ def test_a_checkpoint_of_another_network_does_not_fit(finished, tmp_path):
 def test_a_run_of_an_older_version_with_fewer_settings_is_resumed(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    saved, about = load_tensors(folder / "training.safetensors", "training")
+    path, saved, about, _ = newest_checkpoint(folder)
     new = ("fitness", "segment_steps", "gamma", "gae_lambda")
 
     def older(text):
@@ -235,7 +248,7 @@ def test_a_run_of_an_older_version_with_fewer_settings_is_resumed(finished, tmp_
 
     assert all(name in about["settings"] for name in new)
     about["settings"] = older(about["settings"])
-    save_tensors(folder / "training.safetensors", "training", saved, about)
+    save_tensors(path, "training", saved, about)
     (folder / "config.toml").write_text(older((folder / "config.toml").read_text()))
     train(load_run_config(folder), folder, resume=True, progress_bar=False)
 
@@ -270,9 +283,9 @@ def test_an_env_whose_reset_raises_is_named(tmp_path):
 
 def test_training_files_are_refused_when_damaged(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "copy")
-    path = tmp_path / "copy" / "training.safetensors"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(RunFolderError, match="damaged"):
+    for path in list_checkpoints(tmp_path / "copy"):
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(RunFolderError, match="no valid checkpoint: .*damaged.*; .*damaged"):
         train(config(), tmp_path / "copy", resume=True)
 
 
@@ -301,5 +314,5 @@ def test_a_signal_saves_says_how_to_go_on_and_leaves_no_process(signum, status, 
     assert "Traceback" not in errors
     assert f"eggroll-rl train CartPole-v1 --output {tmp_path / 'run'} --resume" in errors
     assert not psutil.wait_procs(workers, timeout=5)[1]
-    saved, about = load_tensors(tmp_path / "run" / "training.safetensors", "training")
+    _, saved, about, _ = newest_checkpoint(tmp_path / "run")
     assert about["generation"] >= 1 and saved

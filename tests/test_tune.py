@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from eggroll_rl import cli
-from eggroll_rl.agents import alone_in
 from eggroll_rl.compare_run import Rules
 from eggroll_rl.config import RunConfig
 from eggroll_rl.errors import ConfigError, EpisodeError, RunFolderError
+from eggroll_rl.files import alone_in
 from eggroll_rl.tune import SPACES, Search, _space, _start, settings_at, tune
 
 optuna = pytest.importorskip("optuna")
