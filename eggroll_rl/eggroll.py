@@ -186,7 +186,7 @@ class EGGROLL(BaseAlgorithm):
         self.max_grad_norm = max_grad_norm
         self.slice_size: int = slice_size  # type: ignore[assignment]
         self.n_workers = n_workers
-        self.seed = seed
+        self.seed = seed = None if seed is None else int(seed)  # NumPy's would not do for SB3
         self.noise_seed = seed
         learning_rate = make_schedule("learning_rate", learning_rate)
         self._fill_in()
