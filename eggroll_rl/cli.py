@@ -96,6 +96,7 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
         if given.get("fitness", config.eggroll.get("fitness", "episode")) != config.eggroll.get("fitness", "episode"):
             config.eggroll = without_fitness(config.eggroll)
         config.eggroll.update({n: v for n, v in given.items() if n in _OVERRIDES})
+        config.check()
         if output is None:
             output = default_folder(config.env_id, config.seed)
     module = config.env_id.rpartition(":")[0]
@@ -137,6 +138,7 @@ def _resumed(config: Any, env: str, given: dict[str, Any]) -> Any:
         elif stored.get(name) != value:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {value} differs from the run's {name} ({stored.get(name)}); drop it to resume")
+    config.check()
     if env not in {config.env_id, config.env_id.rpartition(":")[2]} and not env.endswith(".toml"):
         raise ConfigError(f"the run to resume is on {config.env_id}, not on {env}")
     return config

@@ -22,9 +22,10 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wra
 from tqdm.auto import tqdm
 
 from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks, replay
+from eggroll_rl.checks import check_positive, check_whole
 from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, time_limit
 from eggroll_rl.errors import ConfigError, EpisodeError, TooManyFailuresError, WorkerDiedError
-from eggroll_rl.es import EvolutionStrategy, check_positive, check_whole, one_thread
+from eggroll_rl.es import EvolutionStrategy, one_thread
 from eggroll_rl.fitness import FitnessShaping
 from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
 from eggroll_rl.normalization import Moments
@@ -33,7 +34,14 @@ from eggroll_rl.recurrent import POLICIES
 from eggroll_rl.rollout import Generation, load_generation
 from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, check_segment_steps, make_scorer
 from eggroll_rl.segments import Result, evaluate_slice
-from eggroll_rl.settings import check_given, check_settings, find_optimizer, make_schedule
+from eggroll_rl.settings import (
+    check_arguments,
+    check_given,
+    check_settings,
+    fill_in_sizes,
+    find_optimizer,
+    make_schedule,
+)
 from eggroll_rl.surrogate import Improvement, check_network
 from eggroll_rl.vec_env import VecEnvEvaluator
 from eggroll_rl.workers import STEP_TIMEOUT, Evaluator, count_workers, make_evaluator
@@ -161,6 +169,11 @@ class EGGROLL(BaseAlgorithm):
         device: torch.device | str = "cpu",
         _init_setup_model: bool = True,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "env", "__class__")}
+        # A subclass may have names of its own.
+        check_arguments(
+            {**given, "policy": self.policy_aliases.get(policy, policy) if isinstance(policy, str) else policy}
+        )
         self.population_size: int = population_size  # type: ignore[assignment] # _fill_in() sees to it
         self.sigma = make_schedule("sigma", sigma)
         self.rank = rank
@@ -193,14 +206,10 @@ class EGGROLL(BaseAlgorithm):
         self.slice_size: int = slice_size  # type: ignore[assignment]
         self.n_workers = n_workers
         self.step_timeout = step_timeout
-        self.seed = seed
+        self.seed = seed = None if seed is None else int(seed)  # NumPy's would not do for SB3
         self.noise_seed = seed
-        check_given(fitness, {"sigma": sigma, "learning_rate": learning_rate})
         learning_rate = make_schedule("learning_rate", learning_rate)
         self._fill_in()
-        check_settings(self)
-        if isinstance(policy, str) and policy not in self.policy_aliases:
-            raise ConfigError(f"policy must be one of {', '.join(self.policy_aliases)} or a class, got {policy!r}")
 
         self.last_generation = {"ep_rew_mean": math.nan, "ep_len_mean": math.nan}  # of the episodes that ended last
         self.scorer_state: dict[str, torch.Tensor] = {}  # of a loaded model, until there is an env
@@ -350,10 +359,9 @@ class EGGROLL(BaseAlgorithm):
             torch.default_generator.manual_seed(self.noise_seed % 2**63)
             try:
                 policy = self.policy_class(self.observation_space, self.action_space, **self.policy_kwargs)
-            except TypeError as error:
-                raise ConfigError(f"policy_kwargs {self.policy_kwargs}: {error}") from error
-        if not isinstance(policy, MlpPolicy):
-            raise ConfigError(f"policy must be a subclass of eggroll_rl.policies.MlpPolicy, got {self.policy_class}")
+            except (TypeError, RuntimeError, MemoryError) as error:
+                raise ConfigError(f"policy_kwargs {self.policy_kwargs}: {' '.join(str(error).split())}") from error
+        assert isinstance(policy, MlpPolicy)  # check_policy() saw to it
         if self.fitness == "segment":
             check_network(policy.network)
         policy.set_training_mode(False)  # no dropout, no statistics of a batch: a member is a function of its inputs
@@ -383,11 +391,7 @@ class EGGROLL(BaseAlgorithm):
         """Give settings that were left open what suits the kind of fitness."""
         if callable(self.exploration_std):  # of models saved before the update moved it
             self.exploration_std = float(self.exploration_std(1.0))
-        by_segments = self.fitness == "segment"
-        if self.population_size is None:
-            self.population_size = 16 if by_segments else 64
-        if self.slice_size is None:
-            self.slice_size = 16 if by_segments else 32
+        fill_in_sizes(self)
         if self.fitness_shaping is None:  # of models saved before this had a default
             self.fitness_shaping = "centered_rank"
 

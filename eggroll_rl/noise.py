@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eggroll_rl.checks import as_finite, shown
 from eggroll_rl.errors import ConfigError
 
 Factors = tuple[Tensor, Tensor]
@@ -98,8 +99,9 @@ class Sparse(NoiseFamily):
     density: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ConfigError(f"density must be above 0 and at most 1, got {self.density!r}")
+        density = as_finite(self.density)
+        if density is None or not 0 < density <= 1:
+            raise ConfigError(f"density must be above 0 and at most 1, got {shown(self.density)}")
 
     def count(self, shape: tuple[int, ...], is_matrix: bool) -> int:
         """Return two numbers per entry: its value, and whether it is there."""
@@ -127,8 +129,8 @@ def make_family(family: "str | NoiseFamily", rank: int) -> NoiseFamily:
     """
     if isinstance(family, NoiseFamily):
         return family
-    if family not in FAMILIES:
-        raise ConfigError(f"noise must be one of {', '.join(FAMILIES)} or a NoiseFamily, got {family!r}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(f"noise must be one of {', '.join(FAMILIES)} or a NoiseFamily, got {shown(family)}")
     made = FAMILIES[family]
     return made(rank) if issubclass(made, LowRank) else made()
 
