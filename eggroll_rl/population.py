@@ -6,6 +6,7 @@ module runs in :mod:`eggroll_rl.memberwise`.
 Shapes: N members, P directions, B batch, I inputs, O outputs, R rank.
 """
 
+import inspect
 import math
 from collections import OrderedDict
 from typing import Any, TypeGuard
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from eggroll_rl.errors import UnsupportedModuleError
+from eggroll_rl.forms import PACKED_ADVICE, is_packed
 from eggroll_rl.lowrank import Perturbed, perturbed_parameters
 from eggroll_rl.memberwise import MemberWise
 from eggroll_rl.noise import Noise
@@ -175,25 +178,26 @@ class Population:
         return self._members
 
     @torch.no_grad()
-    def forward(self, *inputs: Any, per_member: bool = False) -> Any:
+    def forward(self, *inputs: Any, per_member: bool = False, **keywords: Any) -> Any:
         """Evaluate all members in one call.
 
         :param inputs: what the module takes: tensors (batch, ...), or dicts, lists and tuples of them, the same for
             every member; with ``per_member`` (N, batch, ...). None and anything else is passed as it is
+        :param keywords: the same, by the names that the module's forward has for them: masks, for example
+        :param per_member: every tensor has a leading entry per member. One that they share is given as
+            ``x.expand(N, *x.shape)``, which costs nothing, and is seen as shared
         :return: what the module returns, its tensors (N, batch, ...)
-        :raises UnsupportedModuleError: the module does what ``torch.func.vmap`` cannot do for all members
+        :raises ValueError: with ``per_member``, a tensor has another number of entries
+        :raises UnsupportedModuleError: the module does what ``torch.func.vmap`` cannot do for all members, or an
+            input is a PackedSequence
         """
-        if per_member:
-            for x in tree_leaves(inputs):
-                if isinstance(x, Tensor) and (x.dim() == 0 or len(x) != self.size):
-                    got = tuple(x.shape)[:1] or "a number"
-                    raise ValueError(
-                        f"x must have one leading entry per member: expected {self.size}, "
-                        f"got {got[0] if isinstance(got, tuple) else got}"
-                    )
+        for name, value in [*enumerate(inputs), *keywords.items()]:
+            self._check_argument(f"input {name!r}", value, per_member)
         members = self.members
         if isinstance(members, MemberWise):
-            return members.evaluate(inputs, per_member)
+            return members.evaluate(inputs, keywords, per_member)
+        if keywords or len(inputs) != 1:  # a TypeError as the module's own, where it is not one input
+            inputs = inspect.signature(self._mean.forward).bind(*inputs, **keywords).args
         (x,) = inputs
         linear = [layer for layer in members if isinstance(layer, PerturbedLinear)]
         if not per_member and linear and x.dim() > 1:
@@ -202,10 +206,19 @@ class Population:
                 return self._forward_in_columns(members, x_BI).unflatten(1, x.shape[:-1])
         if x.dim() == 1 + per_member:  # one input without a batch
             return self.forward(x.unsqueeze(-2), per_member=per_member).squeeze(-2)
-        if x.dim() == 1 + per_member:  # one input without a batch
-            return self.forward(x.unsqueeze(-2), per_member=per_member).squeeze(-2)
         x_NB = x if per_member else x.expand(self.size, *x.shape)
         return members(x_NB.flatten(0, 1)).unflatten(0, x_NB.shape[:2])
+
+    def _check_argument(self, name: str, value: Any, per_member: bool) -> None:
+        for x in tree_leaves(value, is_leaf=is_packed):
+            if is_packed(x):
+                raise UnsupportedModuleError(f"{name} is a PackedSequence, which {PACKED_ADVICE}")
+            if per_member and isinstance(x, Tensor) and (x.dim() == 0 or len(x) != self.size):
+                got = "a number" if x.dim() == 0 else f"{len(x)} of shape {tuple(x.shape)}"
+                raise ValueError(
+                    f"{name} must have one leading entry per member: expected {self.size}, got {got}; "
+                    f"what members share is given as x.expand({self.size}, *x.shape)"
+                )
 
     def _forward_in_columns(self, members: Chain, x_BI: Tensor) -> Tensor:
         """Evaluate all members on the same inputs, with explicit weights and an input per column; (N, B, O).
