@@ -47,6 +47,14 @@ def _is_mlp(module: nn.Module) -> bool:
     )
 
 
+def _of_members(drawn: Tensor, each: int, scale_N: Tensor | None = None) -> Tensor:
+    """Return what directions (P, ...) are for ``each`` members of theirs, times a number per member; (N, ...)."""
+    drawn = drawn.unsqueeze(1)
+    if scale_N is None:
+        return drawn.expand(-1, each, *drawn.shape[2:]).flatten(0, 1).contiguous()
+    return (drawn * scale_N.view(-1, each, *[1] * (drawn.dim() - 2))).flatten(0, 1)
+
+
 class PerturbedLinear(nn.Module):
     """A Linear layer for N members at once: input (N·B, ..., I), member by member, to output (N·B, ..., O).
 
@@ -170,7 +178,8 @@ class Population:
         """
         if self._members is None:
             with torch.no_grad():
-                drawn = {id(p.parameter): self._draw(p) for p in self._parameters}
+                steps_N = torch.from_numpy(self.noise.steps(self.first, self.size))
+                drawn = {id(p.parameter): self._draw(p, steps_N) for p in self._parameters}
                 # A chain needs factors of every matrix, which not every family of noise has.
                 factored = all(isinstance(drawn[id(p.parameter)], tuple) for p in self._parameters if p.is_matrix)
                 is_chain = factored and _is_mlp(self._mean)
@@ -263,20 +272,17 @@ class Population:
         drawn = self._drawn[p.index]
         return (drawn[0][part], drawn[1][part]) if isinstance(drawn, tuple) else drawn[part]
 
-    def _draw(self, p: Perturbed) -> "tuple[Tensor, Tensor] | Tensor":
+    def _draw(self, p: Perturbed, steps_N: Tensor) -> "tuple[Tensor, Tensor] | Tensor":
         """Return s·sigma·E of all members: factors (N, O, R) and (N, I, R) of the product, or dense (N, ...)."""
         each = 2 if self.noise.antithetic else 1
         first, last = self.noise.direction(self.first), self.noise.direction(self.first + self.size - 1)
         drawn = p.draw(self.noise, first, last - first + 1)
         if sum(side.numel() for side in tree_leaves(drawn)) <= _KEPT:
             self._drawn[p.index] = drawn
-        steps_N = self.noise.steps(self.first, self.size)
         if isinstance(drawn, tuple):
-            a_NOR, b_NIR = (side.repeat_interleave(each, 0) for side in drawn)
-            scale = torch.from_numpy(steps_N / math.sqrt(a_NOR.shape[2])).to(a_NOR)
-            return a_NOR * scale[:, None, None], b_NIR
-        dense = drawn.repeat_interleave(each, 0)
-        return dense * torch.from_numpy(steps_N).to(dense).view(-1, *[1] * (dense.dim() - 1))
+            scale_N = (steps_N / math.sqrt(drawn[0].shape[2])).to(drawn[0])
+            return _of_members(drawn[0], each, scale_N), _of_members(drawn[1], each)
+        return _of_members(drawn, each, steps_N.to(drawn))
 
     def _chain(self, drawn: "dict[int, tuple[Tensor, Tensor] | Tensor]") -> Chain:
         def perturb(layer: nn.Module) -> nn.Module:
