@@ -11,7 +11,15 @@ import click
 import eggroll_rl
 from eggroll_rl.cli_bench import bench
 from eggroll_rl.cli_models import MODEL_COMMANDS, gym_packages
-from eggroll_rl.errors import ConfigError, ConsentError, EggrollError, RenderError, RunFolderError
+from eggroll_rl.errors import (
+    ConfigError,
+    ConsentError,
+    EggrollError,
+    EpisodeError,
+    RenderError,
+    RunFolderError,
+    WorkerDiedError,
+)
 from eggroll_rl.signals import sigterm_raised, status_of
 
 _OVERRIDES = {  # flags of `train` that are EGGROLL's own settings
@@ -102,10 +110,16 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
     module = config.env_id.rpartition(":")[0]
     if module and config.env_id == env:  # named on the command line
         packages = (*packages, module)
+    named = "".join(f" --gym-packages {package}" for package in named_packages)
     try:
         results = run(config, output, resume, overwrite, packages, progress_bar=sys.stderr.isatty(), **logs)
+    except (EpisodeError, WorkerDiedError) as error:
+        if error.member is not None:
+            raise type(error)(
+                f"{error}\nreplay it: eggroll-rl replay {output} --member {error.member}{named}"
+            ) from error
+        raise
     except Interrupted as stop:
-        named = "".join(f" --gym-packages {package}" for package in named_packages)
         again = f"eggroll-rl train {env} --output {output} --resume{named}"
         click.echo(f"stopped and saved; continue with: {again}", err=True)
         sys.exit(128 + stop.signum)
@@ -117,6 +131,19 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
         f"best policy   {best['mean_return']:9.2f} ± {best['std_return']:.2f} (chosen at {best['timesteps']:,} steps)\n"
         f"saved in {output}"
     )
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--member", type=int, required=True, help="Its number in the generation that failed.")
+@gym_packages
+def replay(folder: Path, member: int, gym_packages: tuple[str, ...]) -> None:
+    """Run one member of FOLDER's next generation again, alone and in this process: to see why it fails."""
+    from eggroll_rl.training import replay as run
+
+    generation, returns, lengths = run(folder, member, gym_packages)
+    for episode_return, length in zip(returns, lengths, strict=True):
+        click.echo(f"generation {generation}, member {member}: return {episode_return:.2f} after {length} steps")
 
 
 def default_folder(env_id: str, seed: int) -> Path:

@@ -263,3 +263,32 @@ def test_physics_that_diverges_is_noticed(env_id, cells, tmp_path, monkeypatch):
             pass
         else:
             raise AssertionError
+
+
+# On the command line ------------------------------------------------------------------------------------
+
+
+@pytest.mark.promise("R3")
+def test_a_failed_run_says_how_to_replay_the_member_and_that_does(tmp_path, monkeypatch, capsys):
+    from eggroll_rl import cli
+
+    if "Faulty-v0" not in gym.registry:
+        gym.register("Faulty-v0", FaultyEnv, max_episode_steps=50, kwargs={"fault": "ValueError", "seed": seed_of(6)})
+    folder = tmp_path / "run"
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["eggroll-rl", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+        return ended.value.code, capsys.readouterr()
+
+    settings = ["--population-size", 12, "--slice-size", 4, "--n-workers", 0, "--output", folder]
+    code, printed = run("train", "Faulty-v0", *settings)
+    assert code == 1 and "generation 0, member 6" in printed.err
+    assert printed.err.splitlines()[-1] == f"replay it: eggroll-rl replay {folder} --member 6"
+    code, printed = run("replay", folder, "--member", 6)
+    assert code == 1 and "error: generation 0, member 6" in printed.err
+    code, printed = run("replay", folder, "--member", 1)
+    assert code == 0 and printed.out.startswith("generation 0, member 1: return ")
+    assert run("replay", folder, "--member", 12)[0] == 2
