@@ -208,6 +208,12 @@ def _sampling(
 
 
 def _actions(policy: MlpPolicy) -> Stage:
+    """Return what maps outputs (N, O) to actions (N, *action_space.shape), in the space's dtype and bounds."""
+    computed, cast = _computed(policy), policy.in_space()
+    return computed if cast is None else lambda outputs: cast(computed(outputs))
+
+
+def _computed(policy: MlpPolicy) -> Stage:
     if not _is_own(policy, "actions"):
         return _in_torch(policy.actions)
     space = policy.action_space

@@ -568,21 +568,19 @@ class EvolutionStrategy:
         if self._sets_rate:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        failed = self._try_step()
         now = _flat(self.parameters)
         changed = [now]
         for entry in self.optimizer.state.values():
             changed += [value for value in entry.values() if isinstance(value, Tensor)]
-        if not all(tensor.isfinite().all() for tensor in changed):
+        if failed is not None or not all(tensor.isfinite().all() for tensor in changed):
             self.set_parameters(before)
-            self.optimizer.state.clear()
-            self.optimizer.state.update(state_before)
-            for group, kept in zip(self.optimizer.param_groups, groups_before, strict=True):
-                for key in group.keys() - kept.keys() - {"params"}:
-                    del group[key]
-                group.update(kept)
-            raise NonFiniteError(f"the step of generation {self.generation} is not finite: nothing was updated")
+            self._put_back(groups_before, state_before)
+            if failed is not None and "overflow" not in str(failed):  # torch's word for a rate beyond float32
+                raise failed
+            raise NonFiniteError(
+                f"the step of generation {self.generation} is not finite: nothing was updated"
+            ) from failed
         moved = now - was
         step, size = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (moved, was))
         cosine = 0.0
@@ -590,6 +588,23 @@ class EvolutionStrategy:
             cosine = torch.cosine_similarity(moved.double(), self._last_step.double(), dim=0).item()
         self._last_step = moved
         return (step / size if size > 0 else math.inf), cosine
+
+    def _try_step(self) -> Exception | None:
+        try:
+            self.optimizer.step()
+        except Exception as error:  # of anybody's optimizer, in the middle of its step
+            return error
+        finally:
+            self.optimizer.zero_grad()
+        return None
+
+    def _put_back(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> None:
+        self.optimizer.state.clear()
+        self.optimizer.state.update(state)
+        for group, kept in zip(self.optimizer.param_groups, groups, strict=True):
+            for key in group.keys() - kept.keys() - {"params"}:
+                del group[key]
+            group.update(kept)
 
     @torch.no_grad()
     def set_parameters(self, values: dict[str, Tensor]) -> None:

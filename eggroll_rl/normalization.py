@@ -109,7 +109,7 @@ class ObsNormalizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (..., I) of any dtype to float32."""
         # The distance comes first, so that a constant gives 0 whatever its size.
-        return ((x - self.center) * self.scale).clamp_(-self.clip, self.clip).float()
+        return ((x.to(self.center.dtype) - self.center) * self.scale).clamp_(-self.clip, self.clip).float()
 
     @torch.no_grad()
     def combine(self, moments: Moments) -> None:

@@ -17,10 +17,11 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from torch import Tensor, nn
 
+from eggroll_rl.actions import Cast, make_cast
 from eggroll_rl.checks import check_arguments_table, check_flag, check_whole, nearest, shown
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.normalization import ObsNormalizer
-from eggroll_rl.observations import check_observation_space, count_inputs, decode, encode, measured
+from eggroll_rl.observations import check_entries, check_observation_space, count_inputs, decode, encode, measured
 
 EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {"NatureCNN": NatureCNN, "CombinedExtractor": CombinedExtractor}
 ACTIVATIONS = {name.lower(): getattr(nn, name) for name in ("Tanh", "ReLU", "ELU", "GELU", "SiLU", "LeakyReLU")}
@@ -30,6 +31,12 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     """Refuse spaces that the policies cannot handle, naming them."""
     check_observation_space(observation_space)
     if isinstance(action_space, spaces.Box):
+        check_entries("action space", action_space)
+        bounds = np.concatenate([action_space.low.ravel(), action_space.high.ravel()]).astype(np.float64)
+        if np.isfinite(bounds).all() and np.abs(bounds).max() > np.finfo(np.float32).max:
+            raise ConfigError(
+                f"action space {action_space} has bounds beyond float32; RescaleAction makes them smaller"
+            )
         if not np.isfinite(action_space.low).all() or not np.isfinite(action_space.high).all():
             raise ConfigError(
                 f"action space {action_space} is unbounded; wrap the env in gymnasium.wrappers.ClipAction's "
@@ -191,11 +198,11 @@ class MlpPolicy(BasePolicy):
         self.network = self._make_network()
         if isinstance(action_space, spaces.Box):
             low, high = (
-                torch.as_tensor(b, dtype=torch.float32).flatten() for b in (action_space.low, action_space.high)
+                torch.as_tensor(b, dtype=torch.float32).flatten() / 2 for b in (action_space.low, action_space.high)
             )
             self._action_shape = action_space.shape
-            self.register_buffer("_action_middle", (low + high) / 2, persistent=False)
-            self.register_buffer("_action_half_range", (high - low) / 2, persistent=False)
+            self.register_buffer("_action_middle", low + high, persistent=False)
+            self.register_buffer("_action_half_range", high - low, persistent=False)
 
     @classmethod
     def check_values(cls, given: dict[str, Any]) -> None:
@@ -275,6 +282,26 @@ class MlpPolicy(BasePolicy):
     def forward(self, obs: Any, deterministic: bool = True) -> Tensor:
         """Return the env's actions for a batch of raw observations."""
         return self.actions(self.network(self.features(self.encode(obs))))
+
+    def in_space(self) -> Cast | None:
+        """Return what brings actions (..., *action_space.shape) of this policy into its space; None: they are there."""
+        low = high = np.zeros(())
+        if isinstance(self.action_space, spaces.Box):
+            middle, half = self._action_middle.cpu().numpy(), self._action_half_range.cpu().numpy()
+            low, high = (x.reshape(self.action_space.shape) for x in (middle - half, middle + half))
+        return make_cast(self.action_space, low, high)
+
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """As SB3's, with actions in the space's dtype."""
+        actions, state = super().predict(observation, state, episode_start, deterministic)
+        cast = self.in_space()
+        return (actions if cast is None else np.asarray(cast(np.asarray(actions)))), state
 
     def _predict(self, observation: Any, deterministic: bool = True) -> Tensor:
         if self.squash_output:

@@ -97,6 +97,8 @@ class RecurrentPolicy(MlpPolicy):
                 states[np.asarray(episode_start, dtype=bool)] = 0.0
             outputs, following = self.network(features, torch.from_numpy(states).to(features.device))
             actions = self.actions(outputs).cpu().numpy()
+        cast = self.in_space()
+        actions = actions if cast is None else cast(actions)
         return (actions if vectorized else actions[0]), following.cpu().numpy()
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
