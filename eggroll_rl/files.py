@@ -162,10 +162,14 @@ def read_bounded(path: Path, most: int) -> bytes:
     """
     # Opening a pipe would wait for its writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(descriptor, "rb") as file:
+    try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             raise ValueError("not a regular file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    with open(descriptor, "rb") as file:
         # Not by its size alone: files of /proc have none, and others grow.
         content = file.read(most + 1) if about.st_size <= most else b""
         if about.st_size > most or len(content) > most:
