@@ -149,6 +149,11 @@ class RunRecorder(GenerationCallback):
 
     # Called by EGGROLL.learn ----------------------------------------------------------------------------
 
+    def _on_training_start(self) -> None:
+        # Until the first generation ends, the last checkpoint is all there is: starting the workers takes seconds.
+        self._interruptible = True
+        self._stop_if_asked()
+
     def _on_rollout_start(self) -> None:
         if self._started is None:
             self._started = self._ended = time.perf_counter()
