@@ -192,7 +192,8 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
         with zipfile.ZipFile(io.BytesIO(read_bounded(path, _MOST_EVALUATIONS))) as archive:
             names = ("timesteps", "results", "ep_lengths", "seconds")
             steps, results, lengths, seconds = (_array(archive, f"{name}.npy") for name in names)
-        if steps.ndim != 1 or seconds.shape != steps.shape or results.ndim != 2 or lengths.shape != results.shape:
+        shapes = (steps.shape, seconds.shape, results.shape[:1], lengths.shape[:1])
+        if steps.ndim != 1 or len(set(shapes)) > 1 or results.ndim != 2 or lengths.shape != results.shape:
             raise ValueError("its arrays do not belong together")
         columns = [column.tolist() for column in (steps, results, lengths, seconds)]
     except (

@@ -24,7 +24,7 @@ from gymnasium.wrappers import TimeLimit
 from eggroll_rl.box2d import with_fresh_world
 from eggroll_rl.checks import check_whole, shown
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.files import read_bounded
+from eggroll_rl.files import check_depth, read_bounded
 from eggroll_rl.mujoco_tasks import vector_task
 from eggroll_rl.mujoco_vector import MujocoVectorEnv, mujoco_warnings_silenced
 from eggroll_rl.serial_vector import SerialVectorEnv
@@ -34,6 +34,7 @@ _PURE_WRAPPERS = (
     gym_wrappers.FrameStackObservation, gym_wrappers.MaxAndSkipObservation, TimeLimit,
 )  # fmt: skip
 _MOST_TOML = 2**18  # bytes
+_MOST_OF_A_LINE = 2**12  # tomllib takes the square of it for a name of many parts
 EnvSource = str | EnvSpec | Callable[[], gym.Env]
 
 
@@ -282,7 +283,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     :raises ConfigError: it is not there, not TOML, or too large or too deeply nested to be anybody's settings
     """
     try:
-        return tomllib.loads(read_bounded(path, _MOST_TOML).decode())
+        text = read_bounded(path, _MOST_TOML).decode()
+        if max(map(len, text.split("\n"))) > _MOST_OF_A_LINE:
+            raise ValueError(f"a line of more than {_MOST_OF_A_LINE:,} characters")
+        table = tomllib.loads(text)
+        check_depth(table)
+        return table
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except RecursionError:

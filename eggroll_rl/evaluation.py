@@ -198,6 +198,8 @@ def load_agent(
         same = (seen, env.action_space) == (policy.observation_space, policy.action_space)
     if env_id is not None and not same:
         raise ConfigError(f"{env_id} has other spaces than {path} was trained on")
+    if not same:
+        raise RunFolderError(f"{path} holds a policy for other spaces than those of its env, {config.env_id}")
     return Agent(path.name, acting(policy), factory, policy)
 
 

@@ -19,6 +19,7 @@ from eggroll_rl.errors import RunFolderError
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _DIGITS = 40  # of an integer in JSON; ours have 20 at most
+_MOST_LEVELS = 64
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -162,15 +163,37 @@ def read_bounded(path: Path, most: int) -> bytes:
     """
     # Opening a pipe would wait for its writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(descriptor, "rb") as file:
+    try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             raise ValueError("not a regular file")
-        # Not by its size alone: files of /proc have none, and others grow.
-        content = file.read(most + 1) if about.st_size <= most else b""
-        if about.st_size > most or len(content) > most:
+        if about.st_size > most:
             raise ValueError(f"more than {most:,} bytes")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    with open(descriptor, "rb") as file:
+        content = file.read(about.st_size + 1)
+        # Files of /proc have no size, and others grow.
+        while len(content) <= most and (more := file.read(2**16)):
+            content += more
+    if len(content) > most:
+        raise ValueError(f"more than {most:,} bytes")
     return content
+
+
+def check_depth(value: Any) -> None:
+    """Refuse what is nested so deeply that comparing or printing it would exhaust Python's stack.
+
+    :raises ValueError: it is
+    """
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        if not level:
+            return
+        parts = [list(part.values()) if isinstance(part, dict) else part for part in level]
+        level = [inner for part in parts if isinstance(part, list) for inner in part]
+    raise ValueError(f"nested more than {_MOST_LEVELS} deep")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -179,7 +202,7 @@ def parse_json(text: str | bytes) -> Any:
     :raises ValueError: the text is something else, or nested too deeply
     """
     try:
-        return json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=_without_doubles,
             parse_constant=_refuse_constant,
@@ -188,6 +211,8 @@ def parse_json(text: str | bytes) -> Any:
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    check_depth(value)
+    return value
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

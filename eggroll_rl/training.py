@@ -8,7 +8,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +23,7 @@ from eggroll_rl.checkpoints import list_checkpoints, newest_checkpoint, remove_c
 from eggroll_rl.config import RunConfig
 from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory, check_time_limit, read_toml
-from eggroll_rl.errors import ConfigError, RunFolderError
+from eggroll_rl.errors import ConfigError, EggrollError, RunFolderError
 from eggroll_rl.evaluation import Evaluation, acting, evaluate
 from eggroll_rl.files import alone_in, cannot_write, one_line, sync, write_atomic
 from eggroll_rl.machine import machine, versions
@@ -82,11 +82,16 @@ def train(
 
 
 def _model(config: RunConfig, factory: EnvFactory, resumed: Path | None) -> EGGROLL:
-    if resumed is None:
-        return config.model(factory)
-    _, tensors, _, _ = newest_checkpoint(resumed)  # the run may be a stranger's, and ask for any size
-    with agents.no_larger_than(tensors, _MOST_INPUTS):
-        return config.model(factory)
+    bounded: AbstractContextManager[None] = nullcontext()
+    if resumed is not None:  # the run may be a stranger's, and ask for any size
+        bounded = agents.no_larger_than(newest_checkpoint(resumed)[1], _MOST_INPUTS)
+    try:
+        with bounded:
+            return config.model(factory)
+    except EggrollError:
+        raise
+    except (RuntimeError, MemoryError) as error:  # torch's, of a device that is not there or a network of any size
+        raise ConfigError(f"the model cannot be made: {one_line(error) or type(error).__name__}") from error
 
 
 def _train(
@@ -144,6 +149,11 @@ class RunRecorder(GenerationCallback):
         self._said = 0.0
 
     # Called by EGGROLL.learn ----------------------------------------------------------------------------
+
+    def _on_training_start(self) -> None:
+        # Until the first generation ends, the last checkpoint is all there is: starting the workers takes seconds.
+        self._interruptible = True
+        self._stop_if_asked()
 
     def _on_rollout_start(self) -> None:
         if self._started is None:
@@ -339,14 +349,13 @@ class RunRecorder(GenerationCallback):
                     raise ValueError(f"{name} was {before.get(name)}")
             policy = {n.removeprefix("policy."): t for n, t in tensors.items() if n.startswith("policy.")}
             entries = {n.removeprefix("optimizer."): t for n, t in tensors.items() if n.startswith("optimizer.")}
-            state: dict[int, dict[str, Any]] = {}
-            for name, value in {**entries, **about["optimizer_numbers"]}.items():
-                index, _, key = name.partition(".")
-                state.setdefault(int(index), {})[key] = value
+            state = _by_index({**entries, **about["optimizer_numbers"]})
             es = model.evolution_strategy
             optimizer = {**es.optimizer.state_dict(), "state": state}
             model.policy.load_state_dict(policy)
             scorer = {n.removeprefix("scorer."): t for n, t in tensors.items() if n.startswith("scorer.")}
+            _check_complete(state, len(es.parameters), "optimizer")
+            _check_complete(_by_index(scorer, "optimizer."), None, "scorer.optimizer")
             if scorer:
                 model.scorer.load_state_dict(scorer)
             es.load_state_dict({"seed": es.seed, "generation": about["generation"], "optimizer": optimizer})
@@ -454,6 +463,24 @@ def _clear(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise cannot_write(folder, error) from error
+
+
+def _by_index(entries: dict[str, Any], prefix: str = "") -> dict[int, dict[str, Any]]:
+    """Return an optimizer's entries of ``"0.exp_avg"`` and so on by parameter and name."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in entries.items():
+        if name.startswith(prefix):
+            index, _, key = name.removeprefix(prefix).partition(".")
+            state.setdefault(int(index), {})[key] = value
+    return state
+
+
+def _check_complete(state: dict[int, dict[str, Any]], n_parameters: int | None, where: str) -> None:
+    """Refuse an optimizer's state with gaps: torch would start there anew, or stop in the middle of the run."""
+    if len({frozenset(entry) for entry in state.values()}) > 1 or (
+        state and len(state) != (n_parameters or len(state))
+    ):
+        raise ValueError(f"{where} has entries for some of its parameters and not for others")
 
 
 def _generation(row: dict[str, str]) -> int:

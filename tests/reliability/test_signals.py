@@ -13,6 +13,8 @@ from tiny_runs import EPISODES, command_line, fork, session_of, state_of, tiny, 
 
 from eggroll_rl import compare, signals, training
 from eggroll_rl.checkpoints import newest_checkpoint
+from eggroll_rl.config import RunConfig
+from eggroll_rl.envs import read_toml
 from eggroll_rl.errors import RunFolderError
 from eggroll_rl.training import Interrupted, load_run_config, train
 
@@ -60,9 +62,6 @@ def long_run(tmp_path_factory):
 
 
 def load_run_config_of(folder):
-    from eggroll_rl.config import RunConfig
-    from eggroll_rl.envs import read_toml
-
     return RunConfig.from_dict(read_toml(folder / "preset.toml"), "preset.toml")
 
 
@@ -276,17 +275,26 @@ def test_what_cannot_be_saved_is_not_said_to_be(long_run, tmp_path, cells, monke
 COMPARED = ("--algos", "eggroll", "--seeds", 1, "--seconds", 600, "--evaluations", 2, "--n-cores", 1)
 
 
-def start_comparison(preset, folder, output):
-    """Return the command's pid and its child's, when that trains."""
-    pid = fork(command_line, "compare", preset, *COMPARED, "--output", folder, output=output.write)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        children = psutil.Process(pid).children()
-        # It says its first evaluation just before it begins.
-        if children and len(children[0].children()) == 1:
-            return pid, children[0]
-        time.sleep(0.02)
-    raise AssertionError("the comparison did not start")
+def workers_of(pid):
+    return [p for p in psutil.Process(pid).children(recursive=True) if "eggroll_rl.workers" in " ".join(p.cmdline())]
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    """Return a command that compares, in a copy of this process, its run and everybody whom that started."""
+    pytest.importorskip("sb3_contrib")
+    config = RunConfig("CartPole-v1", eggroll={**EPISODES})
+    (tmp_path / "preset.toml").write_text(config.to_toml())
+    words = ("compare", tmp_path / "preset.toml", *COMPARED, "--output", tmp_path / "out")
+    with Output() as output:
+        pid = fork(command_line, *words, output=output.write)
+        deadline = time.monotonic() + 90
+        while not workers_of(pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert workers_of(pid), "the comparison did not start"
+        time.sleep(0.5)
+        (run,) = psutil.Process(pid).children()
+        yield pid, [run, *run.children(recursive=True)], output
 
 
 def gone(processes, seconds=5.0):
@@ -296,37 +304,35 @@ def gone(processes, seconds=5.0):
 @pytest.mark.promise("R6")
 @pytest.mark.reliability
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_comparison_takes_its_run_with_it(signum, long_run, tmp_path, cells):
-    pytest.importorskip("sb3_contrib")
-    with cells.cell(signum.name), Output() as output:
-        pid, child = start_comparison(long_run[0], tmp_path / "out", output)
-        theirs = [child, *child.children(recursive=True)]
+def test_a_comparison_takes_its_run_with_it(signum, comparison, tmp_path, cells):
+    pid, theirs, output = comparison
+    with cells.cell(signum.name):
+        assert len(theirs) >= 2
         send(pid, signum, False)
         assert wait(pid) == STATUS.get(signum, -signal.SIGKILL)
         assert gone(theirs)
         said = [line for line in output.lines() if line.startswith("stopped") or "Traceback" in line]
-        expected = [] if signum == signal.SIGKILL else ["stopped; the same command goes on with what is left"]
-        assert said == expected
+        assert said == ([] if signum == signal.SIGKILL else ["stopped; the same command goes on with what is left"])
         assert not list((tmp_path / "out").rglob("results.json"))
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Let runs of a comparison not watch their parent."""
+    monkeypatch.setattr(compare, "WITH_PARENT", "--alone")
 
 
 @pytest.mark.promise("R6")
 @pytest.mark.reliability
-def test_a_run_that_does_not_watch_its_parent_is_noticed(long_run, tmp_path, cells, monkeypatch):
-    pytest.importorskip("sb3_contrib")
-    monkeypatch.setattr(compare, "WITH_PARENT", "--alone")
-    with Output() as output:
-        pid, child = start_comparison(long_run[0], tmp_path / "out", output)
-        theirs = [child, *child.children(recursive=True)]
-        send(pid, signal.SIGKILL, False)
-        assert wait(pid) == -signal.SIGKILL
-        with cells.control("SIGKILL"):
-            assert gone(theirs)
-        for process in theirs:
-            if process.is_running():
-                process.kill()
-        assert gone([process for process in theirs if process.pid != child.pid])
-        output.lines()
+def test_a_run_that_does_not_watch_its_parent_is_noticed(alone, comparison, cells):
+    pid, theirs, output = comparison
+    send(pid, signal.SIGKILL, False)
+    assert wait(pid) == -signal.SIGKILL
+    with cells.control("SIGKILL"):
+        assert gone(theirs)
+    theirs[0].kill()
+    assert gone(theirs)
+    output.lines()
 
 
 @pytest.mark.promise("R6")
@@ -334,12 +340,12 @@ def test_a_run_that_does_not_watch_its_parent_is_noticed(long_run, tmp_path, cel
 @pytest.mark.parametrize("signum", STATUS)
 def test_a_search_stops_with_one_line(signum, tmp_path, cells):
     pytest.importorskip("optuna")
-    (tmp_path / "preset.toml").write_text(tiny().to_toml())
+    (tmp_path / "preset.toml").write_text(RunConfig("CartPole-v1", eggroll={**EPISODES}).to_toml())
     words = ("tune", tmp_path / "preset.toml", "--fitness", "episode", "--seeds", 1, "--evaluations", 1,
              "--eval-episodes", 1, "--n-cores", 1, "--output", tmp_path / "study")  # fmt: skip
     with cells.cell(signum.name), Output() as output:
         pid = fork(command_line, *words, "--trials", 1000, "--timesteps", 100_000, output=output.write)
-        while not psutil.Process(pid).children():  # the first trial's worker
+        while not workers_of(pid):  # the first trial's
             time.sleep(0.02)
         theirs = psutil.Process(pid).children(recursive=True)
         send(pid, signum, False)
