@@ -338,7 +338,7 @@ class MlpPolicy(BasePolicy):
 
 
 class LinearPolicy(MlpPolicy):
-    """One linear layer, without bias by default, as in ARS."""
+    """One linear layer, without bias by default, as in ARS; of images, a Dict's too, it weighs every pixel."""
 
     def __init__(
         self,

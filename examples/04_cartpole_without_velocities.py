@@ -1,6 +1,8 @@
 """Balance a pole without seeing how fast anything moves: a policy with memory, and one without.
 
 python examples/04_cartpole_without_velocities.py
+
+Takes a minute or two. With memory it balances all 500 steps, without for 43 to 46 (seeds 0 to 2).
 """
 
 import argparse

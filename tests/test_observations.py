@@ -15,7 +15,11 @@ from eggroll_rl.serial_vector import SerialVectorEnv
 
 SEGMENTS = {"fitness": "segment", "segment_steps": 50, "n_segments": 8, "slice_size": 4, "batch_size": 100}
 EPISODES = {"population_size": 64, "slice_size": 16, "n_eval_episodes": 2, "sigma": 0.05, "learning_rate": 0.02}
-KINDS = {"Dict": ("MultiInputPolicy", toy.make_goal), "image": ("MlpPolicy", toy.make_picture)}
+KINDS = {
+    "Dict": ("MultiInputPolicy", toy.make_goal),
+    "Dict, linear": ("LinearPolicy", toy.make_goal),
+    "image": ("MlpPolicy", toy.make_picture),
+}
 
 
 def train(kind, n_workers, steps, settings):

@@ -101,6 +101,24 @@ def test_a_dict_is_its_parts_joined_and_only_measurements_are_normalized():
     assert policy.predict({name: part.numpy() for name, part in obs.items()})[0].shape == (2, 2)
 
 
+def test_a_linear_policy_weighs_every_pixel_of_a_dicts_images():
+    image = spaces.Box(0, 255, (3, 4, 5), np.uint8)
+    space = spaces.Dict([("picture", image), ("z", OBS), ("kind", spaces.Discrete(4, start=1))])
+    policy = LinearPolicy(space, BOX, normalize_obs=False)
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(2, 67)).astype(np.float32) / 100
+    with torch.no_grad():
+        policy.network[0].weight.copy_(torch.from_numpy(weight))
+    obs = {"picture": rng.integers(0, 256, (6, 3, 4, 5), dtype=np.uint8), "z": rng.normal(size=(6, 3))}
+    obs["kind"] = rng.integers(1, 5, 6)
+    rows = np.concatenate([obs["picture"].reshape(6, 60) / 255, obs["z"], np.eye(4)[obs["kind"] - 1]], axis=1)
+    expected = np.array([0.0, 0.5]) + np.array([2.0, 0.5]) * np.clip(rows @ weight.T, -1, 1)
+    assert np.allclose(policy.predict(obs)[0], expected, atol=1e-6)
+    assert np.ptp(expected, axis=0).min() > 0.01
+    channels_last = obs | {"picture": obs["picture"].transpose(0, 2, 3, 1)}
+    assert np.array_equal(policy.predict(channels_last)[0], policy.predict(obs)[0])
+
+
 def test_an_image_looks_the_same_with_its_channels_first_and_last():
     channels_last = np.random.default_rng(0).integers(0, 256, (5, 8, 9, 3), dtype=np.uint8)
     seen = space_as_policies_see(spaces.Box(0, 255, (8, 9, 3), np.uint8))

@@ -4,6 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import toy
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.env_util import make_vec_env
@@ -189,6 +190,34 @@ def test_workers_and_ready_made_envs_do_with_memory_too():
     assert np.array_equal(*vectors)
     model = train("RecurrentPolicy", DummyVecEnv([make_recall] * 3), 300, **settings)
     assert model.num_timesteps >= 300
+
+
+LARGE = {
+    "lstm": ("RecurrentPolicy", toy.make_target, {"net_arch": [64], "hidden_size": 64, "cell": "lstm"}),
+    "cnn": (
+        "CnnPolicy",
+        toy.make_large_picture,
+        {"net_arch": [64], "features_extractor_kwargs": {"features_dim": 64}},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_large_networks_give_the_same_to_the_bit_for_any_number_of_workers(kind):
+    """Scores that are not ranked, of continuous actions: the last bit of an output reaches the parameters."""
+    policy, make, kwargs = LARGE[kind]
+    settings = {"population_size": 16, "slice_size": 4, "n_eval_episodes": 1, "fitness_shaping": "standardize"}
+
+    def trained(**changes):
+        model = train(policy, make, 300, policy_kwargs=kwargs, **{**settings, **changes})
+        assert model._n_updates >= 3
+        return model.policy.parameters_to_vector()
+
+    alone = trained(n_workers=0)
+    assert np.array_equal(trained(n_workers=2), alone)
+    # It would be seen: the next larger float instead of sigma is too much.
+    nearly = trained(n_workers=0, sigma=float(np.nextafter(np.float32(0.2), np.float32(1))))
+    assert not np.array_equal(nearly, alone) and np.allclose(nearly, alone, atol=1e-3)
 
 
 def test_segments_refuse_memory():

@@ -66,12 +66,25 @@ class PictureEnv(GoalEnv):
         return super()._obs()["seen"]
 
 
+class LargePictureEnv(PictureEnv):
+    """The picture's column in 36 x 36, the least that SB3's NatureCNN takes."""
+
+    observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+
+    def _obs(self):
+        return np.kron(super()._obs()[..., 1:2], np.ones((9, 6, 1), np.uint8))
+
+
 def make_goal():
     return TimeLimit(GoalEnv(), 50)
 
 
 def make_picture():
     return TimeLimit(PictureEnv(), 50)
+
+
+def make_large_picture():
+    return TimeLimit(LargePictureEnv(), 50)
 
 
 class FaultEnv(TargetEnv):
