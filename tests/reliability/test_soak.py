@@ -106,16 +106,16 @@ def test_a_few_cycles_leave_nothing(cells):
 
 @pytest.mark.promise("R25")
 @pytest.mark.reliability
-def test_a_connection_that_stays_open_is_noticed(cells, monkeypatch):
+def test_a_descriptor_that_stays_open_is_noticed(cells, monkeypatch):
     kept = []
     close = ProcessEvaluator.close
 
     def forgetful(self):
-        kept.extend(os.dup(connection.fileno()) for connection in self._connections)
+        kept.append(os.open(os.devnull, os.O_RDONLY))
         close(self)
 
     monkeypatch.setattr(ProcessEvaluator, "close", forgetful)
-    with cells.control("close() forgets its connections"):
+    with cells.control("close() leaves a descriptor open"):
         check_counts_stay(1)
     assert kept
     for descriptor in kept:
