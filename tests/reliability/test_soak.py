@@ -1,7 +1,7 @@
 """R25: a long run leaks nothing, as seen from outside.
 
 The bounds are in KiB per 1,000 generations, and hold for the lower end of the slope's interval. A minute shows
-little more than caches that fill; so its bound is larger.
+little more than caches that fill; so its bound is larger. The long run takes 45 minutes, or EGGROLL_SOAK_MINUTES.
 """
 
 import os
@@ -12,7 +12,7 @@ import psutil
 import pytest
 import toy
 from scipy.stats import linregress, t
-from watching import check_no_leak, slope, watch
+from watching import BLOCK, check_no_leak, slope, watch
 
 from eggroll_rl import EGGROLL
 from eggroll_rl.workers import ProcessEvaluator
@@ -25,9 +25,12 @@ LEAK = 1024  # bytes per episode: 8 MiB per 1,000 generations in each worker
 
 def test_the_slope_and_its_interval_are_those_of_linear_regression():
     rng = np.random.default_rng(0)
-    generations = np.sort(rng.integers(0, 5000, 80)).tolist()
-    kib = (100 + 0.03 * np.array(generations) + rng.normal(0, 5, 80)).tolist()
-    found = slope(generations, kib, from_share=0)
+    generations = np.sort(rng.integers(0, 5000, 80))
+    kib = 100 + 0.03 * generations + rng.normal(0, 5, 80)
+    # Each five times, but for a spike among the five, which the median leaves out.
+    spiky = np.repeat(kib, BLOCK)
+    spiky[::BLOCK] += 1e4
+    found = slope(np.repeat(generations, BLOCK).tolist(), spiky.tolist(), from_share=0)
     expected = linregress(generations, kib)
     half = t.ppf(0.975, 78) * expected.stderr * 1000
     assert (found.value, found.low, found.high) == pytest.approx(
@@ -97,22 +100,22 @@ def check_counts_stay(n_cycles):
 @pytest.mark.promise("R25")
 @pytest.mark.reliability
 def test_a_few_cycles_leave_nothing(cells):
-    with cells.cell("10 cycles"):
-        check_counts_stay(10)
+    with cells.cell("6 cycles"):
+        check_counts_stay(6)
 
 
 @pytest.mark.promise("R25")
 @pytest.mark.reliability
-def test_a_connection_that_stays_open_is_noticed(cells, monkeypatch):
+def test_a_descriptor_that_stays_open_is_noticed(cells, monkeypatch):
     kept = []
     close = ProcessEvaluator.close
 
     def forgetful(self):
-        kept.extend(os.dup(connection.fileno()) for connection in self._connections)
+        kept.append(os.open(os.devnull, os.O_RDONLY))
         close(self)
 
     monkeypatch.setattr(ProcessEvaluator, "close", forgetful)
-    with cells.control("close() forgets its connections"):
+    with cells.control("close() leaves a descriptor open"):
         check_counts_stay(1)
     assert kept
     for descriptor in kept:

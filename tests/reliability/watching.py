@@ -13,6 +13,7 @@ import psutil
 from scipy.stats import t as student
 
 HERE = Path(__file__).parent
+BLOCK = 5
 
 
 @dataclass
@@ -155,12 +156,15 @@ class Slope:
 
 
 def slope(generations: list[int], kib: list[float], from_share: float = 0.25) -> Slope:
-    """Fit a line to what lies after the first ``from_share`` of the samples: caches fill at first.
+    """Fit a line to the medians of :data:`BLOCK` samples after the first ``from_share``: caches fill at first.
 
-    Least squares; the interval is Student's for independent errors.
+    Least squares; the interval is Student's for independent errors. Medians, because a sample taken while a checkpoint
+    is written is 10 MiB above the others, and one such early on would hide a leak.
     """
     first = int(len(kib) * from_share)
-    x, y = np.array(generations[first:], np.float64) / 1000, np.array(kib[first:], np.float64)
+    n_blocks = (len(kib) - first) // BLOCK
+    blocks = np.array([generations, kib], np.float64)[:, first : first + n_blocks * BLOCK].reshape(2, n_blocks, BLOCK)
+    x, y = np.median(blocks, axis=2) / np.array([[1000.0], [1.0]])
     centred = x - x.mean()
     spread = (centred**2).sum()
     value = float((centred * y).sum() / spread)
