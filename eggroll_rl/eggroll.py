@@ -5,7 +5,8 @@ import math
 import sys
 import time
 from collections import Counter
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -15,6 +16,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import HumanOutputFormat, Logger
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import check_for_correct_spaces, safe_mean
@@ -441,9 +443,10 @@ class EGGROLL(BaseAlgorithm):
             raise ConfigError("learn() needs an env: give one to the constructor, to load() or to set_env()")
         if callback is None:
             callback = []  # SB3 would make None a callback that has to see every step
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar=False
-        )
+        with self._logger_without_folder():
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar=False
+            )
         callback.on_training_start(locals(), globals())
         bar = tqdm(
             desc="EGGROLL", total=total_timesteps, initial=self.num_timesteps, unit=" steps",
@@ -468,6 +471,18 @@ class EGGROLL(BaseAlgorithm):
             bar.close()
             callback.on_training_end()
         return self
+
+    @contextmanager
+    def _logger_without_folder(self) -> Iterator[None]:
+        """Keep SB3 from leaving an empty folder in the temporary directory for a logger that writes no files."""
+        of_the_user = self._custom_logger or self.tensorboard_log is not None
+        if not of_the_user:
+            self._logger = Logger(None, [HumanOutputFormat(sys.stdout)] if self.verbose else [])
+        self._custom_logger |= not of_the_user
+        try:
+            yield
+        finally:
+            self._custom_logger &= of_the_user
 
     def _run_generation(self, evaluator: Evaluator, callback: BaseCallback, total_timesteps: int) -> bool:
         """Ask, evaluate, tell; return False if a callback stopped the run before the update."""

@@ -135,7 +135,7 @@ class RunRecorder(GenerationCallback):
         self.config = config
         self.folder = folder
         self.factory = factory
-        self.rows: list[dict[str, Any]] = []
+        self.row: dict[str, Any] = {}  # of the last generation; a list of all would grow for ever
         self.evaluations: list[dict[str, Any]] = []
         self.eval_freq = config.total_timesteps // 10 if config.eval_freq is None else config.eval_freq
         self.seconds_before = 0.0  # of training, before a resume
@@ -174,15 +174,13 @@ class RunRecorder(GenerationCallback):
         self._ended = time.perf_counter()
         es = self._model.evolution_strategy
         self._boundary = {"generation": es.generation, "timesteps": self.num_steps}
-        self.rows.append(
-            {
-                "generation": es.generation,
-                "timesteps": self.num_steps,
-                "seconds": round(self.training_seconds, 3),
-                **self._model.last_generation,
-            }
-        )
-        agents.append_csv(self.folder / "progress.csv", self.rows[-1])
+        self.row = {
+            "generation": es.generation,
+            "timesteps": self.num_steps,
+            "seconds": round(self.training_seconds, 3),
+            **self._model.last_generation,
+        }
+        agents.append_csv(self.folder / "progress.csv", self.row)
         done = self.num_steps >= self.config.total_timesteps
         if done or (self.eval_freq and self.num_steps // self.eval_freq > self._evaluated_steps() // self.eval_freq):
             self.evaluate()
@@ -326,8 +324,7 @@ class RunRecorder(GenerationCallback):
         generation, timesteps = self.restore_model(model)
         self._boundary = {"generation": generation, "timesteps": timesteps}
         rows = agents.read_csv(self.folder / "progress.csv")
-        self.rows = [row for row in rows if _generation(row) <= generation]
-        agents.write_csv(self.folder / "progress.csv", self.rows)
+        agents.write_csv(self.folder / "progress.csv", [row for row in rows if _generation(row) <= generation])
         evaluations = agents.read_evaluations(self.folder / "evaluations.npz")
         self.evaluations = [e for e in evaluations if e["timesteps"] <= timesteps]
 
@@ -401,7 +398,7 @@ class RunRecorder(GenerationCallback):
         # A terminal has the bar.
         if sys.stderr.isatty() or time.perf_counter() - self._said < 10:
             return
-        row, rate = self.rows[-1], self.num_steps / max(self.training_seconds, 1e-9)
+        row, rate = self.row, self.num_steps / max(self.training_seconds, 1e-9)
         left = max(self.config.total_timesteps - self.num_steps, 0) / rate
         self._say(
             f"{self.num_steps:>12,} steps {self.training_seconds:7.1f} s   ep_rew_mean {row['ep_rew_mean']:.2f}   "
