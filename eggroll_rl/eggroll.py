@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wra
 from tqdm.auto import tqdm
 
 from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks, replay
-from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, time_limit
+from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, resets_named, time_limit
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import EvolutionStrategy, check_positive, one_thread
 from eggroll_rl.fitness import FitnessShaping
@@ -419,9 +419,10 @@ class EGGROLL(BaseAlgorithm):
             raise ConfigError("learn() needs an env: give one to the constructor, to load() or to set_env()")
         if callback is None:
             callback = []  # SB3 would make None a callback that has to see every step
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar=False
-        )
+        with resets_named():
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar=False
+            )
         callback.on_training_start(locals(), globals())
         bar = tqdm(
             desc="EGGROLL", total=total_timesteps, initial=self.num_timesteps, unit=" steps",

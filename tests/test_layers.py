@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 LAYERS = [
-    ["errors", "noise", "forms", "lowrank", "memberwise", "population", "fitness", "schedules", "es"],
-    ["normalization", "observations", "policies", "recurrent", "actor"],
+    ["errors", "checks", "noise", "forms", "lowrank", "memberwise", "population", "fitness", "schedules", "es"],
+    ["normalization", "observations", "actions", "policies", "recurrent", "actor"],
     ["registration", "mujoco_contacts", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
     ["serial_vector", "box2d", "envs", "rollout", "segments"],
     ["workers", "vec_env", "sb3_vec_env", "sb3_export"],
