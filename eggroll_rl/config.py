@@ -100,6 +100,7 @@ class RunConfig:
                 check_whole(name, value, least)
                 setattr(self, name, int(value))
         check_step_timeout(self.step_timeout)
+        self.step_timeout = float(self.step_timeout)
         for name, kind in (("env_kwargs", dict), ("wrappers", list), ("eggroll", dict)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, got {shown(getattr(self, name))}")

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks, replay
 from eggroll_rl.checks import check_positive, check_whole
-from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, time_limit
+from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, resets_named, time_limit
 from eggroll_rl.errors import ConfigError, EpisodeError, TooManyFailuresError, WorkerDiedError
 from eggroll_rl.es import EvolutionStrategy, one_thread
 from eggroll_rl.fitness import FitnessShaping
@@ -443,7 +443,7 @@ class EGGROLL(BaseAlgorithm):
             raise ConfigError("learn() needs an env: give one to the constructor, to load() or to set_env()")
         if callback is None:
             callback = []  # SB3 would make None a callback that has to see every step
-        with self._logger_without_folder():
+        with resets_named(), self._logger_without_folder():
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar=False
             )

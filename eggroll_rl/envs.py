@@ -7,6 +7,7 @@ import inspect
 import random
 import re
 import tomllib
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from gymnasium.wrappers import TimeLimit
 
 from eggroll_rl.box2d import with_fresh_world
 from eggroll_rl.checks import check_whole, shown
-from eggroll_rl.errors import ConfigError
+from eggroll_rl.errors import ConfigError, EggrollError, EpisodeError
 from eggroll_rl.files import check_depth, read_bounded
 from eggroll_rl.mujoco_tasks import vector_task
 from eggroll_rl.mujoco_vector import MujocoVectorEnv, mujoco_warnings_silenced
@@ -216,7 +217,11 @@ def check_time_limit(env: gym.Env) -> None:
 
     :raises ConfigError: no limit is there, and none showed in 5,000 steps
     """
-    if time_limit(env) is None and not _truncates(env, 5000):
+    if time_limit(env) is not None:
+        return
+    with resets_named():
+        truncates = _truncates(env, 5000)
+    if not truncates:
         name = env.spec.id if env.spec else type(env.unwrapped).__name__
         raise ConfigError(
             f"{name} shows no time limit, so an episode might never end: set max_episode_steps, "
@@ -235,6 +240,25 @@ def _truncates(env: gym.Env, steps: int) -> bool:
             if terminated:
                 env.reset()
     return False
+
+
+@contextmanager
+def resets_named() -> Iterator[None]:
+    """Say that it was an env's ``reset()`` that failed, where a library resets it among other things.
+
+    :raises EpisodeError: it raised, or did not return an observation and an info dict
+    """
+    try:
+        yield
+    except EggrollError:
+        raise
+    except Exception as error:
+        if not any(frame.name == "reset" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise EpisodeError(
+            f"the env's reset() failed, which has to take seed and options, and to return an observation of its space "
+            f"and a dict: {type(error).__name__}: {_one_line(error)}"
+        ) from error
 
 
 @contextmanager

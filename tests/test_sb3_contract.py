@@ -47,8 +47,9 @@ GENERATION = 8 * 7  # env steps of a generation of any of them, about
 def line(*, not_ars=None):
     """Run a test for all algorithms; ``not_ars`` says why ARS fails it."""
     fails = pytest.mark.xfail(reason=not_ars or "", strict=True)
+    ours = pytest.mark.promise("R30")
     marks = {"ARS, MlpPolicy": fails if not_ars else ()}
-    params = [pytest.param(name, id=name, marks=marks.get(name, ())) for name in ALGORITHMS]
+    params = [pytest.param(name, id=name, marks=marks.get(name, ours)) for name in ALGORITHMS]
     return pytest.mark.parametrize("name", params)
 
 

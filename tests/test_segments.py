@@ -494,7 +494,7 @@ def test_a_schedule_that_leaves_its_range_is_named():
         ("Hopper-v5", {"sample_reuse": -1}, "sample_reuse must be a whole number, at least 0, got -1"),
         ("Hopper-v5", {"damping": 0}, "damping must be a finite number above 0, got 0"),
         ("Hopper-v5", {"gamma": 1.5}, "gamma must be a number from 0 to 1, got 1.5"),
-        ("Hopper-v5", {"critic_kwargs": {"n_epoch": 2}}, "critic_kwargs has no 'n_epoch'; known are net_arch"),
+        ("Hopper-v5", {"critic_kwargs": {"n_epoch": 2}}, "critic_kwargs has no 'n_epoch'; did you mean n_epochs"),
         ("Hopper-v5", {"critic_kwargs": {"net_arch": [0]}}, "critic_kwargs net_arch: a width must be .* got 0"),
         ("Hopper-v5", {"critic_kwargs": {"net_arch": 64}}, "critic_kwargs net_arch must be a list .* got 64"),
         (

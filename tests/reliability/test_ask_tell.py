@@ -200,7 +200,7 @@ def step(rng, es, model, before):
         told(metrics, model, calls)
 
 
-@pytest.mark.parametrize("n", [25, pytest.param(3000, marks=pytest.mark.reliability)])
+@pytest.mark.parametrize("n", [15, pytest.param(3000, marks=pytest.mark.reliability)])
 def test_random_moves_keep_to_the_model(cells, n):
     for seed in range(n):
         with cells.cell(f"sequence {seed}"):

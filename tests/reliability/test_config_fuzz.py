@@ -133,11 +133,14 @@ RIGHT = {
     "seed": ([None, 0, 2**32 - 1], none_or(whole(0, 2**32 - 1))),
     "device": (["cpu", "auto", torch.device("cpu"), "cuda:1"], lambda x: isinstance(x, str | torch.device)),
     "policy": (["MlpPolicy", "RecurrentPolicy", "LinearPolicy"], lambda x: isinstance(x, str | type)),
+    "on_bad_member": (["raise", "worst"], lambda x: x in ("raise", "worst")), "max_bad_fraction": ([0.5, 0, 1], share),
+    "step_timeout": ([300.0, 1, math.inf], lambda x: positive(x) or x == math.inf),
 }  # fmt: skip
 OF_A_RUN_RIGHT = {
     "total_timesteps": ([1, 10**12], whole(1)), "seed": ([0, 5], whole(0, 2**32 - 1)),
     "n_workers": ([None, 0], none_or(whole(0))), "eval_freq": ([None, 0, 9], none_or(whole(0))),
-    "eval_episodes": ([1, 20], whole(1)), "checkpoint_every": ([1], whole(1)),
+    "eval_episodes": ([1, 20], whole(1)), "checkpoint_every": ([1], whole(1)), "keep_checkpoints": ([1, 5], whole(1)),
+    "step_timeout": RIGHT["step_timeout"],
     "max_episode_steps": ([None, 5], none_or(whole(1))), "env_id": (["Toy-v0", "a:b/c-v1"], lambda x: len(x) > 0),
     "env_kwargs": ([{}, {"a": [1, (2.5, "é")]}], keywords), "wrappers": ([[]], lambda x: isinstance(x, list | tuple)),
 }  # fmt: skip
