@@ -211,7 +211,7 @@ def test_an_sb3_model_asks_first(good_run, tmp_path, cells):
     for path, given in ((tmp_path / "model.zip", {"env_id": "CartPole-v1"}), (folder, {})):
         for more in ({}, {"vec_normalize": tmp_path / "vecnormalize.pkl"}):
             with cells.cell(f"{path.name} {list(more)}"):
-                with pytest.raises(ConsentError, match="unpickles it, which can run any code"):
+                with pytest.raises(ConsentError, match="unpickles it and its statistics, which can run any code"):
                     load_agent(path, algo="ppo", **given, **more)
                 assert not sentinel.exists()
 
