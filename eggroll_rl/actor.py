@@ -123,12 +123,12 @@ def _features(policy: MlpPolicy, n_members: int) -> Stage:
 
         return features
     normalizer = policy.normalizer
-    scale_I, shift_I, clip = normalizer.scale.numpy().copy(), normalizer.shift.numpy().copy(), normalizer.clip
+    center_I, scale_I, clip = normalizer.center.numpy().copy(), normalizer.scale.numpy().copy(), normalizer.clip
     wide_NI = np.empty((n_members, policy.n_inputs))
 
     def normalized(encoded: np.ndarray) -> np.ndarray:
-        np.multiply(encoded, scale_I, out=wide_NI)
-        np.add(wide_NI, shift_I, out=wide_NI)
+        np.subtract(encoded, center_I, out=wide_NI)
+        np.multiply(wide_NI, scale_I, out=wide_NI)
         np.maximum(wide_NI, -clip, out=wide_NI)
         np.minimum(wide_NI, clip, out=wide_NI)
         x_NI[:] = wide_NI
@@ -208,6 +208,12 @@ def _sampling(
 
 
 def _actions(policy: MlpPolicy) -> Stage:
+    """Return what maps outputs (N, O) to actions (N, *action_space.shape), in the space's dtype and bounds."""
+    computed, cast = _computed(policy), policy.in_space()
+    return computed if cast is None else lambda outputs: cast(computed(outputs))
+
+
+def _computed(policy: MlpPolicy) -> Stage:
     if not _is_own(policy, "actions"):
         return _in_torch(policy.actions)
     space = policy.action_space

@@ -11,12 +11,20 @@ import click
 import eggroll_rl
 from eggroll_rl.cli_bench import bench
 from eggroll_rl.cli_models import MODEL_COMMANDS, gym_packages
-from eggroll_rl.errors import ConfigError, ConsentError, EggrollError, RenderError, RunFolderError
+from eggroll_rl.errors import (
+    ConfigError,
+    ConsentError,
+    EggrollError,
+    EpisodeError,
+    RenderError,
+    RunFolderError,
+    WorkerDiedError,
+)
 from eggroll_rl.signals import sigterm_raised, status_of
 
 _OVERRIDES = {  # flags of `train` that are EGGROLL's own settings
     "fitness", "population_size", "sigma", "rank", "learning_rate", "n_eval_episodes", "fitness_shaping", "slice_size",
-    "policy",
+    "policy", "on_bad_member",
 }  # fmt: skip
 
 
@@ -43,6 +51,7 @@ def cli() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the whole run.")
 @click.option("--total-timesteps", "-n", type=int, help="Env steps of all members together.")
 @click.option("--n-workers", type=int, help="Worker processes; 0: none. The result is the same. [default: all cores]")
+@click.option("--step-timeout", type=float, help="Seconds until a stuck worker is replaced; inf: never. [default: 300]")
 @click.option(
     "--output",
     "-o",
@@ -56,6 +65,7 @@ def cli() -> None:
 @click.option("--learning-rate", type=_Number(), help="Step size, of episodes; lin_X falls from X to 0.")
 @click.option("--n-eval-episodes", type=int, help="Training episodes per member.")
 @click.option("--fitness-shaping", help="centered_rank, pair_rank, standardize, none or best_fraction.")
+@click.option("--on-bad-member", help="A member that fails: raise an error, or rank it worst.")
 @click.option("--slice-size", type=int, help="Members evaluated together; part of the result.")
 @click.option("--policy", help="MlpPolicy, LinearPolicy, CnnPolicy, MultiInputPolicy or RecurrentPolicy.")
 @click.option("--max-episode-steps", type=int, help="Time limit of the task, in place of the registered one.")
@@ -94,15 +104,22 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
         if given.get("fitness", config.eggroll.get("fitness", "episode")) != config.eggroll.get("fitness", "episode"):
             config.eggroll = without_fitness(config.eggroll)
         config.eggroll.update({n: v for n, v in given.items() if n in _OVERRIDES})
+        config.check()
         if output is None:
             output = default_folder(config.env_id, config.seed)
     module = config.env_id.rpartition(":")[0]
     if module and config.env_id == env:  # named on the command line
         packages = (*packages, module)
+    named = "".join(f" --gym-packages {package}" for package in named_packages)
     try:
         results = run(config, output, resume, overwrite, packages, progress_bar=sys.stderr.isatty(), **logs)
+    except (EpisodeError, WorkerDiedError) as error:
+        if error.member is not None:
+            raise type(error)(
+                f"{error}\nreplay it: eggroll-rl replay {output} --member {error.member}{named}"
+            ) from error
+        raise
     except Interrupted as stop:
-        named = "".join(f" --gym-packages {package}" for package in named_packages)
         again = f"eggroll-rl train {env} --output {output} --resume{named}"
         click.echo(f"stopped and saved; continue with: {again}", err=True)
         sys.exit(128 + stop.signum)
@@ -116,6 +133,19 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
     )
 
 
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--member", type=int, required=True, help="Its number in the generation that failed.")
+@gym_packages
+def replay(folder: Path, member: int, gym_packages: tuple[str, ...]) -> None:
+    """Run one member of FOLDER's next generation again, alone and in this process: to see why it fails."""
+    from eggroll_rl.training import replay as run
+
+    generation, returns, lengths = run(folder, member, gym_packages)
+    for episode_return, length in zip(returns, lengths, strict=True):
+        click.echo(f"generation {generation}, member {member}: return {episode_return:.2f} after {length} steps")
+
+
 def default_folder(env_id: str, seed: int) -> Path:
     """Return ``agents/<ENV>/eggroll-seed<S>``."""
     return Path("agents") / env_id.replace("/", "-").replace(":", "-") / f"eggroll-seed{seed}"
@@ -127,7 +157,7 @@ def _was_given(context: click.Context, name: str) -> bool:
 
 def _resumed(config: Any, env: str, given: dict[str, Any]) -> Any:
     """Apply the flags that may change in a resumed run, and refuse the others."""
-    free = {"n_workers", "eval_freq", "checkpoint_every", "keep_checkpoints", "total_timesteps"}
+    free = {"n_workers", "step_timeout", "eval_freq", "checkpoint_every", "keep_checkpoints", "total_timesteps"}
     stored = {**config.eggroll, **vars(config)}
     for name, value in given.items():
         if name in free:
@@ -135,6 +165,7 @@ def _resumed(config: Any, env: str, given: dict[str, Any]) -> Any:
         elif stored.get(name) != value:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {value} differs from the run's {name} ({stored.get(name)}); drop it to resume")
+    config.check()
     if env not in {config.env_id, config.env_id.rpartition(":")[2]} and not env.endswith(".toml"):
         raise ConfigError(f"the run to resume is on {config.env_id}, not on {env}")
     return config

@@ -1,19 +1,22 @@
 """Settings of a training run: a preset in ``envs/``, the flags over it, and ``config.toml`` in the run folder."""
 
-import difflib
+import datetime
 import importlib
 import inspect
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import tomli_w
 
+from eggroll_rl.checks import check_names, check_whole, is_whole, shown
 from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory, env_factory, resolve_wrappers
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.es import check_whole
 from eggroll_rl.policies import check_extractor_name, default_policy
+from eggroll_rl.settings import check_arguments, check_seed, check_step_timeout
+from eggroll_rl.workers import STEP_TIMEOUT
 
 # Constructor arguments that the run itself decides.
 _RESERVED = {
@@ -22,6 +25,7 @@ _RESERVED = {
     "env_kwargs",
     "seed",
     "n_workers",
+    "step_timeout",
     "tensorboard_log",
     "stats_window_size",
     "verbose",
@@ -49,6 +53,7 @@ class RunConfig:
     :param total_timesteps: env steps of all members together
     :param seed: of the whole run
     :param n_workers: worker processes; None takes all cores. Does not change the result
+    :param step_timeout: seconds that a worker may take for one step of a slice; does not change the result
     :param eval_freq: env steps between evaluations; None: ten in the run; 0: at the end only
     :param eval_episodes: episodes per evaluation
     :param checkpoint_every: generations between checkpoints
@@ -63,6 +68,7 @@ class RunConfig:
     total_timesteps: int = 1_000_000
     seed: int = 0
     n_workers: int | None = None
+    step_timeout: float = STEP_TIMEOUT
     eval_freq: int | None = None
     eval_episodes: int = 10
     checkpoint_every: int = 10
@@ -70,6 +76,20 @@ class RunConfig:
     eggroll: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("env_kwargs", "wrappers", "eggroll"):
+            setattr(self, name, _as_toml(getattr(self, name), name))
+        self.check()
+
+    def check(self) -> None:
+        """Refuse a setting that cannot be, before any env is made: for those who changed some.
+
+        :raises ConfigError: naming the field, its value and what would be right
+        """
+        if not isinstance(self.env_id, str) or not self.env_id:
+            raise ConfigError(f"env_id must be the id of a Gymnasium env, got {shown(self.env_id)}")
+        _checked_leaf(self.env_id, "env_id")
+        if self.seed is not None:  # which is refused below
+            check_seed(self.seed)
         for name, least in (
             ("total_timesteps", 1), ("seed", 0), ("eval_episodes", 1), ("checkpoint_every", 1),
             ("keep_checkpoints", 1),
@@ -78,10 +98,18 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None or name not in {"n_workers", "eval_freq", "max_episode_steps"}:
                 check_whole(name, value, least)
+                setattr(self, name, int(value))
+        check_step_timeout(self.step_timeout)
         for name, kind in (("env_kwargs", dict), ("wrappers", list), ("eggroll", dict)):
             if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be a {kind.__name__}, got {shown(getattr(self, name))}")
+        for entry in self.wrappers:
+            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+                raise ConfigError(f"wrappers must be tables with name = 'module.Class', got {shown(entry)}")
         check_names(self.eggroll, EGGROLL_SETTINGS, "[eggroll]")
+        parameters = inspect.signature(EGGROLL.__init__).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.name not in ("self", "env", "policy")}
+        check_arguments({**defaults, "policy": "MlpPolicy", **self.eggroll})
 
     @classmethod
     def from_dict(cls, table: dict[str, Any], source: str) -> "RunConfig":
@@ -89,11 +117,14 @@ class RunConfig:
 
         :raises ConfigError: a key is unknown (with the nearest name) or a value is wrong
         """
-        table = {name: value for name, value in table.items() if name not in NOT_OF_A_RUN and ":" not in name}
+        if not isinstance(table, dict):
+            raise ConfigError(f"{source} must be a table of settings, got {shown(table)}")
+        table = {name: v for name, v in table.items() if name not in NOT_OF_A_RUN and ":" not in str(name)}
         check_names(table, [f.name for f in fields(cls)], source)
-        if not isinstance(table.get("env_id"), str):
-            raise ConfigError(f"{source}: env_id must be the id of a Gymnasium env, got {table.get('env_id')!r}")
-        return cls(**table)
+        try:
+            return cls(**{"env_id": None, **table})
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
 
     def to_toml(self) -> str:
         """Return the file that :meth:`from_dict` reads; settings left open are left out."""
@@ -151,7 +182,9 @@ class RunConfig:
             with closing(factory()) as env:
                 policy = default_policy(env.observation_space)
         settings = {name: value for name, value in self.eggroll.items() if name != "policy"}
-        return EGGROLL(policy, factory, seed=self.seed, n_workers=self.n_workers, **settings)
+        return EGGROLL(
+            policy, factory, seed=self.seed, n_workers=self.n_workers, step_timeout=self.step_timeout, **settings
+        )
 
 
 _OF_ONE_FITNESS = (
@@ -168,15 +201,35 @@ def without_fitness(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _OF_ONE_FITNESS}
 
 
-def check_names(table: Any, known: Any, where: str) -> None:
-    """Refuse a name that is not known, with the nearest one.
+def _as_toml(value: Any, where: str, depth: int = 0) -> Any:
+    """Return a copy in which everything is what a TOML file gives back: no tuples, no numbers of NumPy.
 
-    :raises ConfigError: a name is unknown, or ``table`` is not a table
+    :raises ConfigError: naming what a TOML file cannot hold
     """
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where} must be a table of settings, got {table!r}")
-    for name in table:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown setting {name!r}{hint}")
+    if depth > 20:
+        raise ConfigError(f"{where[:60]}... is too deep: more than 20 tables and lists in each other")
+    if isinstance(value, list | tuple):
+        return [_as_toml(part, where, depth + 1) for part in value]
+    if not isinstance(value, dict):
+        return _checked_leaf(value.item() if isinstance(value, np.generic) else value, where)
+    for key in value:
+        if not isinstance(key, str):
+            raise ConfigError(f"{where} must have names as keys, got {shown(key)}")
+        _checked_leaf(key, f"{where}: a key")
+    # None is what a setting is by default.
+    kept = {key: part for key, part in value.items() if part is not None or where != "eggroll"}
+    return {key: _as_toml(part, f"{where}: {key}", depth + 1) for key, part in kept.items()}
+
+
+def _checked_leaf(value: Any, where: str) -> Any:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{where} must be text that UTF-8 can hold, got {shown(value)}") from None
+        return str(value)
+    if is_whole(value) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where} must be a whole number of 64 bits, got {shown(value)}")
+    if not isinstance(value, bool | int | float | datetime.date | datetime.time):
+        raise ConfigError(f"{where} must be what a TOML file can hold, got {shown(value)}")
+    return value

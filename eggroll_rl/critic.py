@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eggroll_rl.checks import check_arguments_table, check_positive, check_whole, nearest, shown
 from eggroll_rl.errors import ConfigError, NonFiniteError
-from eggroll_rl.es import check_positive, check_whole
 
 _CRITIC_STREAM = 3  # spawn key of the seed, beside those of eggroll_rl.rollout
 _MOMENTS_DECAY = 0.9  # per generation
@@ -109,14 +109,15 @@ class Critic(nn.Module):
 def check_critic(critic_kwargs: dict[str, Any]) -> None:
     """Refuse arguments that :class:`Critic` would not understand, naming them."""
     known = ("net_arch", "learning_rate", "n_epochs", "batch_size")
+    check_arguments_table("critic_kwargs", critic_kwargs)
     for name, value in critic_kwargs.items():
         if name not in known:
-            raise ConfigError(f"critic_kwargs has no {name!r}; known are {', '.join(known)}")
+            raise ConfigError(f"critic_kwargs has no {name!r}{nearest(name, known)}")
         if name == "learning_rate":
             check_positive("critic_kwargs learning_rate", value)
         elif name == "net_arch":
             if not isinstance(value, list | tuple):
-                raise ConfigError(f"critic_kwargs net_arch must be a list of layer widths, got {value!r}")
+                raise ConfigError(f"critic_kwargs net_arch must be a list of layer widths, got {shown(value)}")
             for width in value:
                 check_whole("critic_kwargs net_arch: a width", width, 1)
         else:

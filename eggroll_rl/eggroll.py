@@ -1,8 +1,12 @@
 """``EGGROLL``: low-rank evolution strategies as a Stable-Baselines3 algorithm."""
 
+import logging
 import math
 import sys
 import time
+from collections import Counter
+from contextlib import closing
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import gymnasium as gym
@@ -18,19 +22,29 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wra
 from tqdm.auto import tqdm
 
 from eggroll_rl.callbacks import generation_callbacks, only_generation_callbacks, replay
+from eggroll_rl.checks import check_positive, check_whole
 from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory, time_limit
-from eggroll_rl.errors import ConfigError
-from eggroll_rl.es import EvolutionStrategy, check_positive, one_thread
+from eggroll_rl.errors import ConfigError, EpisodeError, TooManyFailuresError, WorkerDiedError
+from eggroll_rl.es import EvolutionStrategy, one_thread
 from eggroll_rl.fitness import FitnessShaping
+from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import MlpPolicy, check_spaces
 from eggroll_rl.recurrent import POLICIES
-from eggroll_rl.rollout import Generation
+from eggroll_rl.rollout import Generation, load_generation
 from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, check_segment_steps, make_scorer
-from eggroll_rl.settings import check_given, check_settings, find_optimizer, make_schedule
+from eggroll_rl.segments import Result, evaluate_slice
+from eggroll_rl.settings import (
+    check_arguments,
+    check_given,
+    check_settings,
+    fill_in_sizes,
+    find_optimizer,
+    make_schedule,
+)
 from eggroll_rl.surrogate import Improvement, check_network
 from eggroll_rl.vec_env import VecEnvEvaluator
-from eggroll_rl.workers import Evaluator, count_workers, make_evaluator
+from eggroll_rl.workers import STEP_TIMEOUT, Evaluator, count_workers, make_evaluator
 
 
 class EGGROLL(BaseAlgorithm):
@@ -86,9 +100,15 @@ class EGGROLL(BaseAlgorithm):
     :param optimizer_kwargs: more arguments for the optimizer
     :param weight_decay: passed to the optimizer
     :param max_grad_norm: clip the gradient's global norm
+    :param on_bad_member: what to do about a member whose env raises, gives a NaN or infinite reward or observation, or
+        diverges, or ends its process again and again: ``"raise"``, or rank it ``"worst"``, just below all others, and
+        leave its observations out. In segments the simulation's episode ends there. ``bad_members`` counts them
+    :param max_bad_fraction: share of a generation's members, or simulations, that may be bad with ``"worst"``
     :param slice_size: members, or simulations of segments, run together (even). Part of the result, because floating
         point rounds differently for another batch: never derived from the machine. None is 32, or 16 for segments
     :param n_workers: worker processes; 0 runs in this process, None takes all cores
+    :param step_timeout: seconds that one step of a slice may take in a worker process, or a reset, or making the envs;
+        one that is stuck for longer is replaced, and its slice done again. ``math.inf`` waits for ever
     :param env_kwargs: for the constructor of an env given by id
     :param policy_kwargs: see :class:`eggroll_rl.policies.MlpPolicy`
     :param stats_window_size: episodes in the logged means
@@ -135,8 +155,11 @@ class EGGROLL(BaseAlgorithm):
         optimizer_kwargs: dict[str, Any] | None = None,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
+        on_bad_member: str = "raise",
+        max_bad_fraction: float = 0.5,
         slice_size: int | None = None,
         n_workers: int | None = None,
+        step_timeout: float = STEP_TIMEOUT,
         env_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
@@ -146,6 +169,11 @@ class EGGROLL(BaseAlgorithm):
         device: torch.device | str = "cpu",
         _init_setup_model: bool = True,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "env", "__class__")}
+        # A subclass may have names of its own.
+        check_arguments(
+            {**given, "policy": self.policy_aliases.get(policy, policy) if isinstance(policy, str) else policy}
+        )
         self.population_size: int = population_size  # type: ignore[assignment] # _fill_in() sees to it
         self.sigma = make_schedule("sigma", sigma)
         self.rank = rank
@@ -172,16 +200,16 @@ class EGGROLL(BaseAlgorithm):
         self.optimizer_kwargs = optimizer_kwargs
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
+        self.on_bad_member = on_bad_member
+        self.max_bad_fraction = max_bad_fraction
+        self.bad_members: dict[str, int] = {}  # of all generations so far, by the reason in eggroll_rl.rollout
         self.slice_size: int = slice_size  # type: ignore[assignment]
         self.n_workers = n_workers
-        self.seed = seed
+        self.step_timeout = step_timeout
+        self.seed = seed = None if seed is None else int(seed)  # NumPy's would not do for SB3
         self.noise_seed = seed
-        check_given(fitness, {"sigma": sigma, "learning_rate": learning_rate})
         learning_rate = make_schedule("learning_rate", learning_rate)
         self._fill_in()
-        check_settings(self)
-        if isinstance(policy, str) and policy not in self.policy_aliases:
-            raise ConfigError(f"policy must be one of {', '.join(self.policy_aliases)} or a class, got {policy!r}")
 
         self.last_generation = {"ep_rew_mean": math.nan, "ep_len_mean": math.nan}  # of the episodes that ended last
         self.scorer_state: dict[str, torch.Tensor] = {}  # of a loaded model, until there is an env
@@ -331,10 +359,9 @@ class EGGROLL(BaseAlgorithm):
             torch.default_generator.manual_seed(self.noise_seed % 2**63)
             try:
                 policy = self.policy_class(self.observation_space, self.action_space, **self.policy_kwargs)
-            except TypeError as error:
-                raise ConfigError(f"policy_kwargs {self.policy_kwargs}: {error}") from error
-        if not isinstance(policy, MlpPolicy):
-            raise ConfigError(f"policy must be a subclass of eggroll_rl.policies.MlpPolicy, got {self.policy_class}")
+            except (TypeError, RuntimeError, MemoryError) as error:
+                raise ConfigError(f"policy_kwargs {self.policy_kwargs}: {' '.join(str(error).split())}") from error
+        assert isinstance(policy, MlpPolicy)  # check_policy() saw to it
         if self.fitness == "segment":
             check_network(policy.network)
         policy.set_training_mode(False)  # no dropout, no statistics of a batch: a member is a function of its inputs
@@ -364,11 +391,7 @@ class EGGROLL(BaseAlgorithm):
         """Give settings that were left open what suits the kind of fitness."""
         if callable(self.exploration_std):  # of models saved before the update moved it
             self.exploration_std = float(self.exploration_std(1.0))
-        by_segments = self.fitness == "segment"
-        if self.population_size is None:
-            self.population_size = 16 if by_segments else 64
-        if self.slice_size is None:
-            self.slice_size = 16 if by_segments else 32
+        fill_in_sizes(self)
         if self.fitness_shaping is None:  # of models saved before this had a default
             self.fitness_shaping = "centered_rank"
 
@@ -410,7 +433,9 @@ class EGGROLL(BaseAlgorithm):
         :param callback: SB3 callbacks see a finished generation replayed in member order; one that says stop
             ends the run before the update. A ``GenerationCallback`` is asked once per generation instead
         :param log_interval: generations between logs
-        :raises EpisodeError: an episode failed; nothing of its generation was used
+        :raises EpisodeError: an episode failed; nothing of its generation was used. A note says how to replay it
+        :raises WorkerDiedError: a worker died, or was stuck, again and again at the same slice; likewise
+        :raises TooManyFailuresError: more members failed than ``max_bad_fraction`` allows; likewise
         """
         if self.env is None:
             raise ConfigError("learn() needs an env: give one to the constructor, to load() or to set_env()")
@@ -435,6 +460,10 @@ class EGGROLL(BaseAlgorithm):
                         self.dump_logs()
                     if not all(c.on_generation_end() for c in generation_callbacks(callback)):
                         break
+        except (EpisodeError, WorkerDiedError) as error:
+            if error.member is not None and self._factory is not None:
+                error.add_note(f"model.replay_member({error.member}) runs it again, alone and in this process")
+            raise
         finally:
             bar.close()
             callback.on_training_end()
@@ -445,6 +474,7 @@ class EGGROLL(BaseAlgorithm):
         self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         callback.on_rollout_start()
         results = evaluator.evaluate(self.next_generation())
+        self._count_failures(results)
         if not self._count_steps(results, callback):
             return False
         callback.on_rollout_end()
@@ -470,7 +500,50 @@ class EGGROLL(BaseAlgorithm):
         anchors, n_steps = self.scorer.anchors, self.segment_steps
         action_std = None if self.deterministic or anchors is not None else self.exploration_std
         of_segments = self.scorer.exploration_std
-        return Generation(noise, state, self.n_eval_episodes, anchors, n_steps, of_segments, action_std)
+        allowed = int(self.max_bad_fraction * self.n_rows) if self.on_bad_member == "worst" else 0
+        return Generation(noise, state, self.n_eval_episodes, anchors, n_steps, of_segments, action_std, allowed)
+
+    def replay_member(self, member: int) -> Result:
+        """Evaluate one member of the coming generation again, alone and in this process, to see why it fails.
+
+        After an error nothing has changed, so the coming generation is the one that failed. What ended a worker
+        process ends this one.
+
+        :param member: its number, or that of a simulation where segments run
+        :return: of its slice; the other rows are empty
+        :raises EpisodeError: it fails again
+        :raises ConfigError: there is no such member, or the env is a ready-made one
+        """
+        check_whole("member", member, 0)
+        if member >= self.n_rows:
+            raise ConfigError(f"member must be below {self.n_rows}, got {member}")
+        if self._factory is None:
+            raise ConfigError("replay_member() needs an env given by id or function; this one is already made")
+        first = member - member % self.slice_size
+        others = set(range(first, first + self.slice_size)) - {member}
+        generation = replace(self.next_generation(), max_failures=0)
+        policy = self.policy.replica()
+        load_generation(policy, generation)
+        with closing(self._factory.vector(self.slice_size)) as envs, one_thread(), mujoco_warnings_silenced():
+            return evaluate_slice(policy, generation, first, envs, others)
+
+    def _count_failures(self, results: list[Any]) -> None:
+        """Count and log the bad members of a generation, and refuse too many."""
+        failures = [failure for result in results for failure in result.failures]
+        reasons = Counter(failure.reason for failure in failures)
+        if self.on_bad_member == "worst":
+            self.last_generation["bad_members"] = len({failure.member for failure in failures})
+            self.logger.record("rollout/bad_members", self.last_generation["bad_members"])
+        if not failures:
+            return
+        said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        bad = f"{self.last_generation['bad_members']} of {self.n_rows} bad in generation {self._n_updates} ({said})"
+        if self.last_generation["bad_members"] > min(self.max_bad_fraction * self.n_rows, self.n_rows - 1):
+            raise TooManyFailuresError(
+                f"{bad}, more than max_bad_fraction {self.max_bad_fraction} allows; the first: {failures[0].text}"
+            )
+        logging.getLogger("eggroll_rl").warning("%s, ranked worst; the first: %s", bad, failures[0].text)
+        self.bad_members = dict(Counter(self.bad_members) + reasons)
 
     def _improvement(self) -> Improvement:
         target_kl, clip_range = (f(self._progress_remaining()) for f in (self.target_kl, self.clip_range))
@@ -486,7 +559,7 @@ class EGGROLL(BaseAlgorithm):
             return VecEnvEvaluator(self.policy, self.env)
         n_workers = count_workers(self.n_workers, self.n_rows, self.slice_size)
         self._say(f"native mode: {self._factory.describe_vector()}, {n_workers} worker processes")
-        return make_evaluator(n_workers, self.policy, self._factory, self.slice_size)
+        return make_evaluator(n_workers, self.policy, self._factory, self.slice_size, self.step_timeout)
 
     def _say(self, text: str) -> None:
         if self.verbose:

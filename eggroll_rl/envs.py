@@ -3,6 +3,7 @@
 import difflib
 import functools
 import importlib
+import inspect
 import random
 import re
 import tomllib
@@ -21,8 +22,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import TimeLimit
 
 from eggroll_rl.box2d import with_fresh_world
+from eggroll_rl.checks import check_whole, shown
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.es import check_whole
 from eggroll_rl.files import check_depth, read_bounded
 from eggroll_rl.mujoco_tasks import vector_task
 from eggroll_rl.mujoco_vector import MujocoVectorEnv, mujoco_warnings_silenced
@@ -162,7 +163,18 @@ def env_factory(
         source = find_spec(source)
     elif not isinstance(source, EnvSpec) and not callable(source):
         raise ConfigError(f"env must be an id, an EnvSpec or a function that returns an env, got {source!r}")
+    if kwargs and not isinstance(source, EnvSpec):
+        _check_takes(source, kwargs)
     return EnvFactory(source, dict(kwargs or {}), max_episode_steps, wrappers)
+
+
+def _check_takes(function: Callable[..., gym.Env], kwargs: dict[str, Any]) -> None:
+    try:
+        inspect.signature(function).bind(**kwargs)
+    except TypeError as error:
+        raise ConfigError(f"env_kwargs {shown(kwargs)} do not fit {_name(function)}: {_one_line(error)}") from error
+    except ValueError:  # a function of C without a signature
+        return
 
 
 def find_spec(env_id: str) -> EnvSpec:

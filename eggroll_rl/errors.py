@@ -18,11 +18,25 @@ class NonFiniteError(EggrollError, ArithmeticError):
 
 
 class EpisodeError(EggrollError, RuntimeError):
-    """An episode failed; the text names generation, member, episode, step and seed, with the env's traceback."""
+    """An episode failed; the text names generation, member, episode, step and seed, with the env's traceback.
+
+    :ivar member: whose it was, or the simulation where segments run; None outside of training
+    """
+
+    member: int | None = None
+
+
+class TooManyFailuresError(EpisodeError):
+    """More members of a generation failed than ``max_bad_fraction`` allows; nothing of it was used."""
 
 
 class WorkerDiedError(EggrollError, RuntimeError):
-    """A worker process ended without an answer."""
+    """A worker ended, or was stuck, again and again at the same slice; the text names generation, member and signal.
+
+    :ivar member: whose env was being called; None if nobody knows
+    """
+
+    member: int | None = None
 
 
 class RunFolderError(EggrollError):

@@ -23,41 +23,31 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
+from eggroll_rl.checks import (
+    check_arguments_table,
+    check_flag,
+    check_not_negative,
+    check_population,
+    check_positive,
+    check_whole,
+    is_whole,
+    shown,
+)
 from eggroll_rl.errors import ConfigError, NonFiniteError
-from eggroll_rl.fitness import FitnessShaping, make_fitness_shaping, pair_rank, sign_of_pair, standardize_groups
+from eggroll_rl.fitness import (
+    FITNESS_SHAPING,
+    FitnessShaping,
+    in_range,
+    make_fitness_shaping,
+    pair_rank,
+    sign_of_pair,
+    standardize_groups,
+)
 from eggroll_rl.fitness import best_fraction as best_fraction_
 from eggroll_rl.lowrank import ParamFilter, estimate_gradient, perturbed_parameters
 from eggroll_rl.noise import LowRank, Noise, NoiseFamily, make_family
 from eggroll_rl.population import Population
 from eggroll_rl.schedules import GenerationSchedule
-
-
-def check_population(population_size: int, rank: int, slice_size: int) -> None:
-    """Refuse sizes that cannot be, naming the field, its value and what would be right."""
-    for name, value in (("population_size", population_size), ("slice_size", slice_size)):
-        if not _is_int(value) or value < 2 or value % 2:
-            raise ConfigError(f"{name} must be an even number of members, at least 2 (antithetic pairs), got {value!r}")
-    check_whole("rank", rank, 1)
-
-
-def check_positive(name: str, value: object) -> None:
-    """Refuse a number that is not finite and above zero."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
-        raise ConfigError(f"{name} must be a finite number above 0, got {value!r}")
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Refuse what is not a whole number, or below ``least``."""
-    if not _is_int(value) or value < least:  # type: ignore[operator]
-        raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
-
-
-def check_fraction(name: str, value: object) -> None:
-    """Refuse what is not a number from 0 to 1."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1:  # type: ignore[operator]
-        raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -81,10 +71,6 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 @cache
 def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()  # looks through all loaded libraries: milliseconds
@@ -103,6 +89,101 @@ def one_thread() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+def check_optimizer(
+    optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+    optimizer_kwargs: dict[str, Any] | None,
+    weight_decay: float,
+) -> dict[str, Any]:
+    """Refuse an optimizer, or settings of it, that cannot update; a class is tried on a parameter of its own.
+
+    :return: the arguments of a class, but for the parameters and ``lr``
+    :raises ConfigError: it is none, needs a loss, refuses its settings, or the step fails
+    """
+    made = isinstance(optimizer, torch.optim.Optimizer)
+    kind: Any = type(optimizer) if made else optimizer
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise ConfigError(f"optimizer must be a torch.optim class, or an optimizer, got {shown(optimizer)}")
+    check_not_negative("weight_decay", weight_decay)
+    check_arguments_table("optimizer_kwargs", optimizer_kwargs)
+    kwargs = dict(optimizer_kwargs or {})
+    has_decay = "weight_decay" in inspect.signature(kind).parameters
+    if weight_decay and not has_decay:
+        raise ConfigError(f"weight_decay={weight_decay!r}: {kind.__name__} has no weight decay")
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(f"optimizer {kind.__name__} evaluates a loss itself, which evolution has not")
+    if made:
+        if kwargs or weight_decay:
+            raise ConfigError("optimizer_kwargs and weight_decay are for an optimizer class; this one is made already")
+        return {}
+    _check_optimizer_kwargs(kwargs, weight_decay)
+    if has_decay:
+        kwargs.setdefault("weight_decay", weight_decay)
+    # Of two dimensions, as Muon takes no other. Nothing is drawn from a generator.
+    trial = torch.ones(2, 2, requires_grad=True)
+    tried = _built(kind, [trial], {"lr": 0.01, **kwargs})
+    trial.grad = torch.ones(2, 2)
+    try:
+        tried.step()
+    except Exception as error:  # of anybody's optimizer
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"optimizer {kind.__name__} with optimizer_kwargs={shown(kwargs)} fails: {what}") from error
+    if not trial.isfinite().all():
+        raise ConfigError(f"optimizer {kind.__name__} with optimizer_kwargs={shown(kwargs)} makes a step of NaN")
+    return kwargs
+
+
+def _check_optimizer_kwargs(kwargs: dict[str, Any], weight_decay: float) -> None:
+    if "lr" in kwargs:
+        raise ConfigError(f"optimizer_kwargs must leave lr to learning_rate, got {shown(kwargs['lr'])}")
+    if kwargs.get("maximize"):
+        raise ConfigError("optimizer_kwargs must leave maximize alone: the fitness is maximised as it is")
+    if weight_decay and "weight_decay" in kwargs:
+        raise ConfigError(
+            f"weight_decay={weight_decay!r}, but optimizer_kwargs has {shown(kwargs['weight_decay'])}: give one"
+        )
+    for name, value in kwargs.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"optimizer_kwargs {name} must be finite, got {shown(value)}")
+
+
+def _built(kind: Any, parameters: list[Tensor], kwargs: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        return kind(parameters, **kwargs)
+    except Exception as error:  # of anybody's optimizer
+        given = {name: value for name, value in kwargs.items() if name != "lr"}
+        raise ConfigError(
+            f"optimizer {kind.__name__} refuses its settings, optimizer_kwargs={shown(given)}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _check_module(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"module must be a torch.nn.Module, got {shown(module)}")
+
+
+def _check_function(name: str, function: object) -> None:
+    if function is not None and not callable(function):
+        raise ConfigError(f"{name} must be a function or None, got {shown(function)}")
+
+
+def _rank_of(family: NoiseFamily, rank: int) -> int:
+    if isinstance(family, LowRank):
+        return family.rank
+    if rank != 1:
+        raise ConfigError(f"rank={rank!r} has no effect with noise={family!r}, which is not of low rank")
+    return rank
+
+
+def _constant_or_function(name: str, value: Any) -> Any:
+    if callable(value):
+        return value
+    check_positive(name, value)
+    return float(value)
 
 
 class EvolutionStrategy:
@@ -173,27 +254,32 @@ class EvolutionStrategy:
         track_best: bool = True,
         slice_size: int = 64,
     ):
+        _check_module(module)
         check_population(population_size, rank, slice_size)
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
-        check_whole("seed", seed, 0)
+        check_whole("seed", seed, 0, most=None)
         check_whole("noise_reuse", noise_reuse, 0)
+        for name, flag in (
+            ("baseline", baseline), ("antithetic", antithetic), ("freeze_nonmatrix", freeze_nonmatrix),
+            ("track_best", track_best),
+        ):  # fmt: skip
+            check_flag(name, flag)
+        _check_function("param_filter", param_filter)
+        _check_function("lr_scheduler", lr_scheduler)
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
         # torch.compile's wrapper computes the module that it wraps, whatever stands in it.
         self.module: nn.Module = getattr(module, "_orig_mod", module)
-        self.population_size = population_size
-        self.rank = rank
-        self.seed = seed
-        self.slice_size = slice_size
+        self.population_size = int(population_size)
+        self.rank = int(rank)
+        self.seed = int(seed)
+        self.slice_size = int(slice_size)
         self.max_grad_norm = max_grad_norm
         self.antithetic = antithetic
-        self.noise_reuse = noise_reuse
-        self.family = make_family(noise, rank)
-        if isinstance(self.family, LowRank):
-            self.rank = self.family.rank
-        elif rank != 1:
-            raise ConfigError(f"rank={rank!r} has no effect with noise={noise!r}, which is not of low rank")
+        self.noise_reuse = int(noise_reuse)
+        self.family = make_family(noise, self.rank)
+        self.rank = _rank_of(self.family, self.rank)
         self.fitness_shaping = self._shaping(fitness_shaping, best_fraction, group_size, baseline)
         self._in_groups = baseline or group_size is not None
         self.baseline_group = (group_size or population_size) if baseline else 0
@@ -207,14 +293,11 @@ class EvolutionStrategy:
         self._last_step: Tensor | None = None
         own_rate = isinstance(optimizer, torch.optim.Optimizer)
         if learning_rate is not None and own_rate:
-            raise ConfigError(f"learning_rate={learning_rate!r}: the optimizer that was given has its own")
+            raise ConfigError(f"learning_rate={shown(learning_rate)}: the optimizer that was given has its own")
         if callable(learning_rate) and lr_scheduler is not None:
             raise ConfigError("learning_rate must be a number where lr_scheduler changes it")
-        self._sigma = sigma
-        self._learning_rate = 0.03 if learning_rate is None else learning_rate
-        for name, value in (("sigma", sigma), ("learning_rate", self._learning_rate)):
-            if not callable(value):
-                check_positive(name, value)
+        self._sigma = _constant_or_function("sigma", sigma)
+        self._learning_rate = _constant_or_function("learning_rate", 0.03 if learning_rate is None else learning_rate)
         self.optimizer = self._make_optimizer(optimizer, optimizer_kwargs, weight_decay)
         self._sets_rate = not own_rate and lr_scheduler is None
         self.lr_scheduler = None if lr_scheduler is None else lr_scheduler(self.optimizer)
@@ -226,14 +309,17 @@ class EvolutionStrategy:
     ) -> FitnessShaping:
         made = make_fitness_shaping(shaping, best_fraction)
         if not self.antithetic and getattr(made, "func", made) in (best_fraction_, pair_rank, sign_of_pair):
-            raise ConfigError(f"fitness_shaping={shaping!r} compares the members of pairs: it needs antithetic=True")
+            raise ConfigError(
+                f"fitness_shaping={shown(shaping)} compares the members of pairs: it needs antithetic=True"
+            )
         if group_size is None and not baseline:
             return made
-        for name, value in (("group_size", group_size), ("baseline", baseline)):
-            if value and shaping != "standardize":
-                raise ConfigError(f"{name}={value!r} needs fitness_shaping='standardize', got {shaping!r}")
         if group_size is not None:
             check_whole("group_size", group_size, 4 if baseline else 2)
+        for name, value in (("group_size", group_size), ("baseline", baseline)):
+            if value and made is not FITNESS_SHAPING["standardize"]:
+                raise ConfigError(f"{name}={value!r} needs fitness_shaping='standardize', got {shown(shaping)}")
+        if group_size is not None:
             if group_size % 2 or self.population_size % group_size:
                 raise ConfigError(
                     f"group_size must be even and divide population_size {self.population_size}, got {group_size}"
@@ -245,31 +331,14 @@ class EvolutionStrategy:
     def _make_optimizer(
         self, optimizer: Any, optimizer_kwargs: dict[str, Any] | None, weight_decay: float
     ) -> torch.optim.Optimizer:
-        made = isinstance(optimizer, torch.optim.Optimizer)
-        kind = type(optimizer) if made else optimizer
-        has_decay = "weight_decay" in inspect.signature(kind).parameters
-        if weight_decay and not has_decay:
-            raise ConfigError(f"weight_decay={weight_decay!r}: {kind.__name__} has no weight decay")
-        closure = inspect.signature(kind.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ConfigError(f"optimizer {kind.__name__} evaluates a loss itself, which evolution has not")
-        if made:
-            if optimizer_kwargs or weight_decay:
-                raise ConfigError(
-                    "optimizer_kwargs and weight_decay are for an optimizer class; this one is made already"
-                )
-            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            lacking = [name for name, parameter in self.parameters.items() if id(parameter) not in held]
-            if lacking:
-                raise ConfigError(f"the optimizer that was given lacks the parameters {', '.join(lacking)}")
-            return optimizer
-        kwargs = {"lr": self.learning_rate, **(optimizer_kwargs or {})}
-        if has_decay:
-            kwargs.setdefault("weight_decay", weight_decay)
-        try:
-            return optimizer(list(self.parameters.values()), **kwargs)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"optimizer {optimizer.__name__} refuses its settings: {error}") from error
+        kwargs = check_optimizer(optimizer, optimizer_kwargs, weight_decay)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            return _built(optimizer, list(self.parameters.values()), {"lr": self.learning_rate, **kwargs})
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        lacking = [name for name, parameter in self.parameters.items() if id(parameter) not in held]
+        if lacking:
+            raise ConfigError(f"the optimizer that was given lacks the parameters {', '.join(lacking)}")
+        return optimizer
 
     @property
     def sigma(self) -> float:
@@ -330,7 +399,7 @@ class EvolutionStrategy:
                 raise NonFiniteError(f"{what}, and too few others are left: nothing was updated")
         with one_thread():
             utilities = torch.zeros_like(fitness)
-            shaped = self.fitness_shaping(fitness[used]).to(torch.float64)
+            shaped = self._shaped(fitness[used])
             # The update is a mean over members: over those that are there.
             utilities[used] = shaped if not self.missing else shaped * (len(fitness) / len(shaped))
             noise = self._population.noise
@@ -360,13 +429,29 @@ class EvolutionStrategy:
             self.lr_scheduler.step()
         return metrics
 
+    def _shaped(self, fitness: Tensor) -> Tensor:
+        shaped = self.fitness_shaping(fitness.clone())
+        if not isinstance(shaped, Tensor) or shaped.shape != fitness.shape:
+            what = tuple(shaped.shape) if isinstance(shaped, Tensor) else shown(shaped)
+            raise ConfigError(f"fitness_shaping must return a tensor of shape {tuple(fitness.shape)}, got {what}")
+        return shaped.detach().to(torch.float64)
+
     def _as_vector(self, fitness: Any) -> Tensor:
         if isinstance(fitness, Mapping):
-            outside = [member for member in fitness if not (_is_int(member) and 0 <= member < self.population_size)]
+            outside = [member for member in fitness if not (is_whole(member) and 0 <= member < self.population_size)]
             if outside:
                 raise ValueError(f"fitness names member {outside[0]!r}; members are 0 .. {self.population_size - 1}")
             fitness = [fitness.get(member, math.nan) for member in range(self.population_size)]
-        vector = torch.as_tensor(fitness, dtype=torch.float64).detach().cpu()
+        try:
+            given = torch.as_tensor(fitness, dtype=None if hasattr(fitness, "dtype") else torch.float64)
+            if given.is_complex():
+                raise ValueError("complex numbers have no order")
+            # Its own memory: a caller's array may change before the update.
+            vector = given.detach().to("cpu", torch.float64, copy=True)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"fitness must be {self.population_size} numbers, got {shown(fitness)}: {error}"
+            ) from error
         if vector.shape != (self.population_size,):
             raise ValueError(f"fitness must have shape ({self.population_size},), got {tuple(vector.shape)}")
         return vector
@@ -412,22 +497,59 @@ class EvolutionStrategy:
         self._population = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what, beside the module's own state, continues the run to the bit."""
+        """Return what, beside the module's own state, continues the run to the bit: a copy, which later updates leave.
+
+        The module's state is not in it: ``module.state_dict()`` has it, by reference.
+        """
         state = {"seed": self.seed, "generation": self.generation, "optimizer": self.optimizer.state_dict()}
-        state |= {"best": None if self.best is None else vars(self.best), "last_step": self._last_step}
+        state |= {"best": None if self.best is None else dict(vars(self.best)), "last_step": self._last_step}
         if self.lr_scheduler is not None:
             state["lr_scheduler"] = self.lr_scheduler.state_dict()
-        return state
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.seed, self.generation = state["seed"], state["generation"]
+        """Continue from :meth:`state_dict`, which stays as it is.
+
+        :raises ConfigError: something is missing or does not fit; nothing was loaded
+        """
+        state = copy.deepcopy(self._checked_state(state))
         best = state.get("best")
-        self.best, self._last_step = None if best is None else BestMember(**best), state.get("last_step")
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        before = copy.deepcopy(self.optimizer.state_dict())
+        try:
+            best = None if best is None else BestMember(**best)
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        except Exception as error:  # of anybody's optimizer and scheduler
+            self.optimizer.load_state_dict(before)
+            raise ConfigError(f"the state does not fit: {type(error).__name__}: {error}") from error
+        self.seed, self.generation = state["seed"], state["generation"]
+        self.best, self._last_step = best, state.get("last_step")
         self._population = None
+
+    def _checked_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        needed = ["seed", "generation", "optimizer"] + ["lr_scheduler"] * (self.lr_scheduler is not None)
+        if not isinstance(state, dict) or not all(name in state for name in needed):
+            raise ConfigError(f"a state must be a dict with {', '.join(needed)}, got {shown(state)}")
+        check_whole("seed of the state", state["seed"], 0, most=None)
+        check_whole("generation of the state", state["generation"], 0)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = state["optimizer"].get("state") if isinstance(state["optimizer"], dict) else None
+        if not isinstance(moments, dict):
+            raise ConfigError(f"optimizer of the state must be that of an optimizer, got {shown(state['optimizer'])}")
+        for index, entry in moments.items():
+            for name, value in entry.items():
+                # A counter is a number; everything else has the shape of its parameter. torch would not look.
+                fits = index in range(len(parameters)) and (
+                    not isinstance(value, Tensor) or value.dim() == 0 or value.shape == parameters[index].shape
+                )
+                if not fits:
+                    raise ConfigError(f"optimizer of the state: {name} of parameter {index} is of another module")
+        last = state.get("last_step")
+        size = sum(parameter.numel() for parameter in self.parameters.values())
+        if last is not None and (not isinstance(last, Tensor) or last.shape != (size,)):
+            raise ConfigError(f"last_step of the state must have the shape ({size},), got {shown(last)}")
+        return state
 
     @torch.no_grad()
     def _step(self, gradient: dict[str, Tensor], grad_norm: float) -> tuple[float, float]:
@@ -446,21 +568,19 @@ class EvolutionStrategy:
         if self._sets_rate:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        failed = self._try_step()
         now = _flat(self.parameters)
         changed = [now]
         for entry in self.optimizer.state.values():
             changed += [value for value in entry.values() if isinstance(value, Tensor)]
-        if not all(tensor.isfinite().all() for tensor in changed):
+        if failed is not None or not all(tensor.isfinite().all() for tensor in changed):
             self.set_parameters(before)
-            self.optimizer.state.clear()
-            self.optimizer.state.update(state_before)
-            for group, kept in zip(self.optimizer.param_groups, groups_before, strict=True):
-                for key in group.keys() - kept.keys() - {"params"}:
-                    del group[key]
-                group.update(kept)
-            raise NonFiniteError(f"the step of generation {self.generation} is not finite: nothing was updated")
+            self._put_back(groups_before, state_before)
+            if failed is not None and "overflow" not in str(failed):  # torch's word for a rate beyond float32
+                raise failed
+            raise NonFiniteError(
+                f"the step of generation {self.generation} is not finite: nothing was updated"
+            ) from failed
         moved = now - was
         step, size = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (moved, was))
         cosine = 0.0
@@ -468,6 +588,23 @@ class EvolutionStrategy:
             cosine = torch.cosine_similarity(moved.double(), self._last_step.double(), dim=0).item()
         self._last_step = moved
         return (step / size if size > 0 else math.inf), cosine
+
+    def _try_step(self) -> Exception | None:
+        try:
+            self.optimizer.step()
+        except Exception as error:  # of anybody's optimizer, in the middle of its step
+            return error
+        finally:
+            self.optimizer.zero_grad()
+        return None
+
+    def _put_back(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> None:
+        self.optimizer.state.clear()
+        self.optimizer.state.update(state)
+        for group, kept in zip(self.optimizer.param_groups, groups, strict=True):
+            for key in group.keys() - kept.keys() - {"params"}:
+                del group[key]
+            group.update(kept)
 
     @torch.no_grad()
     def set_parameters(self, values: dict[str, Tensor]) -> None:
@@ -477,7 +614,7 @@ class EvolutionStrategy:
 
 
 def _pair_snr(fitness: Tensor) -> float:
-    pairs = fitness.view(-1, 2)
+    pairs = in_range(fitness).view(-1, 2)
     # Of independent scores of variance v, the differences have 2v, and the means v/2.
     difference, mean = ((pairs[:, 0] - pairs[:, 1]).square().mean(), pairs.mean(1).var(correction=0))
     if difference == 0:

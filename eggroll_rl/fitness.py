@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from eggroll_rl.checks import as_finite, shown
 from eggroll_rl.errors import ConfigError
 
 FitnessShaping = Callable[[Tensor], Tensor]
@@ -38,11 +39,26 @@ def pair_rank(fitness: Tensor) -> Tensor:
     return torch.stack([half, -half], dim=1).flatten()
 
 
+def in_range(fitness: Tensor) -> Tensor:
+    """Scale by a power of two, which is exact, so that squares and sums of float64 neither overflow nor vanish.
+
+    The largest magnitude becomes at most 1. Beyond 1e-290 and 1e300 digits of the smallest numbers may go.
+    """
+    _, exponent = torch.frexp(fitness.abs().amax())
+    return fitness * 2.0 ** -min(max(int(exponent), -960), 960) if fitness.any() else fitness
+
+
+def _deviation(fitness: Tensor) -> Tensor:
+    return (fitness - fitness.mean()).square().mean().sqrt()
+
+
 def standardize(fitness: Tensor) -> Tensor:
     """Return z-scores with the population's deviation (divisor N); zeros if all are equal."""
-    centered = fitness - fitness.mean()
-    deviation = centered.square().mean().sqrt()
-    return centered / deviation if deviation > 0 else torch.zeros_like(fitness)
+    if bool((fitness == fitness[0]).all()):  # their mean may differ from them in its last bit
+        return torch.zeros_like(fitness)
+    fitness = in_range(fitness)
+    deviation = _deviation(fitness)
+    return (fitness - fitness.mean()) / deviation if deviation > 0 else torch.zeros_like(fitness)
 
 
 def standardize_groups(fitness: Tensor, group_size: int, baseline: bool = False) -> Tensor:
@@ -52,8 +68,11 @@ def standardize_groups(fitness: Tensor, group_size: int, baseline: bool = False)
     :param baseline: the first two members of each group are the mean itself: the group is measured against these,
         and their own utilities are 0
     """
+    if bool((fitness == fitness[0]).all()):
+        return torch.zeros_like(fitness)
+    fitness = in_range(fitness)
     groups = fitness.view(-1, group_size)
-    deviation = (fitness - fitness.mean()).square().mean().sqrt()
+    deviation = _deviation(fitness)
     centered = groups - (groups[:, :2] if baseline else groups).mean(1, keepdim=True)
     if baseline:
         centered[:, :2] = 0.0
@@ -69,7 +88,7 @@ def sign_of_pair(fitness: Tensor) -> Tensor:
 
 def centered(fitness: Tensor) -> Tensor:
     """Return the fitness minus its mean."""
-    return fitness - fitness.mean()
+    return fitness - fitness.mean() if bool((fitness != fitness[0]).any()) else torch.zeros_like(fitness)
 
 
 def none(fitness: Tensor) -> Tensor:
@@ -106,15 +125,17 @@ FITNESS_SHAPING: dict[str, FitnessShaping] = {
 
 def make_fitness_shaping(shaping: str | FitnessShaping, fraction: float | None = None) -> FitnessShaping:
     """Look up a shaping function by name; ``fraction`` is for ``"best_fraction"``."""
+    named = isinstance(shaping, str)
     if fraction is not None:
-        if shaping != "best_fraction":
-            raise ConfigError("best_fraction is only used with fitness_shaping='best_fraction'")
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"best_fraction must be in (0, 1], got {fraction}")
-        return partial(best_fraction, fraction=fraction)
-    if callable(shaping):
+        if not named or shaping != "best_fraction":
+            raise ConfigError(f"best_fraction={shown(fraction)} is only used with fitness_shaping='best_fraction'")
+        share = as_finite(fraction)
+        if share is None or not 0 < share <= 1:
+            raise ConfigError(f"best_fraction must be in (0, 1], got {shown(fraction)}")
+        return partial(best_fraction, fraction=share)
+    if not named and callable(shaping):
         return shaping
-    if shaping not in FITNESS_SHAPING:
+    if not named or shaping not in FITNESS_SHAPING:
         known = ", ".join(FITNESS_SHAPING)
-        raise ConfigError(f"fitness_shaping must be one of {known} or a function, got {shaping!r}")
+        raise ConfigError(f"fitness_shaping must be one of {known} or a function, got {shown(shaping)}")
     return FITNESS_SHAPING[shaping]

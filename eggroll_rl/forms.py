@@ -21,6 +21,16 @@ from torch.nn.utils.rnn import PackedSequence
 
 from eggroll_rl.errors import UnsupportedModuleError
 
+PACKED_ADVICE = (
+    "cannot be evaluated for all members in one call: give it padded (torch.nn.utils.rnn.pad_packed_sequence) and "
+    "leave the padding out of the fitness, or evaluate one member at a time: EvolutionStrategy.step(fitness_fn)"
+)
+
+
+def is_packed(x: Any) -> bool:
+    """Say whether x is a PackedSequence."""
+    return isinstance(x, PackedSequence)
+
 
 class Form(nn.Module):
     """One member of a layer.
@@ -150,8 +160,8 @@ class RecurrentForm(Form):
     def forward(self, x: Tensor, state: Any = None) -> Any:
         """Return outputs and the last states, in the layer's own shapes."""
         base: Any = self.__dict__["_base"]
-        if isinstance(x, PackedSequence):
-            raise UnsupportedModuleError(f"{type(base).__name__} of a PackedSequence: pad it and mask the fitness")
+        if is_packed(x):
+            raise UnsupportedModuleError(f"{type(base).__name__} is given a PackedSequence, which {PACKED_ADVICE}")
         is_lstm, batched = base.mode == "LSTM", x.dim() == 3
         if not batched:
             x = x.unsqueeze(1)
@@ -235,6 +245,8 @@ class AttentionForm(Form):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, and return the weights too where they are asked for."""
         base: Any = self.__dict__["_base"]
+        if is_causal and attn_mask is None:  # as torch's own, which takes it as a hint about the mask
+            raise RuntimeError("MultiheadAttention needs attn_mask where is_causal is given")
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -246,13 +258,13 @@ class AttentionForm(Form):
             for i, x in enumerate((query, key, value))
         )
         scores = q @ k.transpose(2, 3) / math.sqrt(base.head_dim)
-        for mask in (attn_mask, key_padding_mask):
-            if mask is not None:
-                if mask is key_padding_mask:
-                    mask = mask[:, None, None]
-                elif mask.dim() == 3:  # (B · heads, T, S), or without batch (heads, T, S)
-                    mask = mask.unflatten(0, (-1, base.num_heads))
-                scores = scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        if attn_mask is not None:
+            # Three dimensions are (B · heads, T, S), or without batch (heads, T, S).
+            scores = _masked(
+                scores, attn_mask.unflatten(0, (-1, base.num_heads)) if attn_mask.dim() == 3 else attn_mask
+            )
+        if key_padding_mask is not None:
+            scores = _masked(scores, key_padding_mask[:, None, None])
         weights = scores.softmax(-1)
         y = self.out_proj((weights @ v).transpose(1, 2).flatten(2))
         if not batched:
@@ -271,6 +283,10 @@ class AttentionForm(Form):
             return self.linear(x, "in_proj_weight", bias, slice(i * size, (i + 1) * size))
         y = self.linear(x, f"{'qkv'[i]}_proj_weight")
         return y if self.in_proj_bias is None else y + self.in_proj_bias[i * size : (i + 1) * size]
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 
 _FORMS: dict[type[nn.Module], type[Form]] = {

@@ -19,6 +19,7 @@ from eggroll_rl.forms import AttentionForm, Form, form_of
 _MEMORY_BUDGET = 2**28  # bytes of one chunk of members, where torch.func evaluates them
 _CHUNKS: WeakKeyDictionary[nn.Module, dict[Any, int]] = WeakKeyDictionary()  # by module and shapes
 _OF_VMAP = ("vmap", "functorch", "Batching rule", "data pointer")
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a forward: by position, by name
 _ONE_BY_ONE = "one at a time they can be: EvolutionStrategy.step(fitness_fn)"
 
 
@@ -55,26 +56,36 @@ class MemberWise(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         """Evaluate rows (N·B, ...), member by member."""
         each = tree_map(lambda x: x.unflatten(0, (self.size, -1)) if isinstance(x, Tensor) else x, inputs)
-        result = self.evaluate(each, per_member=True)
+        arguments: _Arguments = (each, {})
+        result = self._evaluate(arguments, tree_map(lambda x: 0 if isinstance(x, Tensor) else None, arguments))
         return tree_map(lambda x: x.flatten(0, 1) if isinstance(x, Tensor) else x, result)
 
-    def evaluate(self, inputs: tuple[Any, ...], per_member: bool) -> Any:
+    def evaluate(self, inputs: tuple[Any, ...], keywords: dict[str, Any], per_member: bool) -> Any:
         """Evaluate the members; see :meth:`Population.forward`."""
+        arguments = (inputs, keywords)
+        dims = tree_map(
+            lambda x: 0 if per_member and isinstance(x, Tensor) and not _is_expanded(x) else None, arguments
+        )
+        if per_member:  # what is the same for all stays constant, so that a forward may branch on it
+            arguments = tree_map(lambda x: x[0] if isinstance(x, Tensor) and _is_expanded(x) else x, arguments)
+        return self._evaluate(arguments, dims)
+
+    def _evaluate(self, arguments: _Arguments, dims: _Arguments) -> Any:
+        """Evaluate the members; ``dims`` has a 0 for each tensor (N, ...) of theirs, and None for what they share."""
         told: dict[str, Any] = {}
 
-        def one(tensors: dict[str, Tensor], *inputs: Any) -> list[Tensor]:
-            leaves, told["structure"] = tree_flatten(self._call(tensors, inputs))
+        def one(tensors: dict[str, Tensor], arguments: _Arguments) -> list[Tensor]:
+            leaves, told["structure"] = tree_flatten(self._call(tensors, arguments))
             told["others"] = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
             return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-        dims = tree_map(lambda x: 0 if per_member and isinstance(x, Tensor) else None, inputs)
         fast_attention = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it reads weights itself
         try:
-            chunk = self._chunk(inputs, per_member)
+            chunk = self._chunk(arguments, dims)
             before = self._state()
-            mapped = torch.func.vmap(one, in_dims=(0, *dims), randomness="error", chunk_size=chunk)
-            tensors = iter(mapped(self._tensors, *inputs))
+            mapped = torch.func.vmap(one, in_dims=(0, dims), randomness="error", chunk_size=chunk)
+            tensors = iter(mapped(self._tensors, arguments))
             self._refuse_changes(before)
         except RuntimeError as error:
             if not any(sign in str(error) for sign in _OF_VMAP):
@@ -88,10 +99,8 @@ class MemberWise(nn.Module):
         leaves = [next(tensors) if other is None else other[0] for other in told["others"]]
         return tree_unflatten(leaves, told["structure"])
 
-    def _call(self, tensors: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
-        # Copies: a forward may work in place, and other members see the same inputs.
-        own = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
-        return torch.func.functional_call(self._template[0], tensors, own, tie_weights=False)
+    def _call(self, tensors: dict[str, Tensor], arguments: _Arguments) -> Any:
+        return torch.func.functional_call(self._template[0], tensors, *_copies(arguments), tie_weights=False)
 
     def _state(self) -> dict[str, Any]:
         """Return what forward must leave alone: which tensors the modules hold, and how often each was written."""
@@ -111,16 +120,17 @@ class MemberWise(nn.Module):
                     f"forward updates {name!r}, so that members would see each other's: call eval(), or {_ONE_BY_ONE}"
                 )
 
-    def _chunk(self, inputs: tuple[Any, ...], per_member: bool) -> int | None:
+    def _chunk(self, arguments: _Arguments, dims: _Arguments) -> int | None:
         """Return how many members fit into the memory budget, by what the first of them computes.
 
         :raises UnsupportedModuleError: the first member does not compute what the module would at its parameters
         """
-        leaves, structure = tree_flatten(inputs)
-        key = (per_member, structure, *(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves))
+        leaves, structure = tree_flatten(arguments)
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves]
+        key = (structure, *tree_leaves(dims), *shapes)
         chunks = _CHUNKS.setdefault(self._mean[0], {})
         if key not in chunks:
-            sample = tree_map(lambda x: x[0] if per_member and isinstance(x, Tensor) else x, inputs)
+            sample = tree_map(lambda x, dim: x if dim is None else x[0], arguments, dims)
             before = self._state()
             with _Counting() as counting:
                 result = self._call({name: tensor[0] for name, tensor in self._tensors.items()}, sample)
@@ -130,7 +140,7 @@ class MemberWise(nn.Module):
             chunks[key] = max(1, _MEMORY_BUDGET // max(counting.bytes, 1))
         return chunks[key] if chunks[key] < self.size else None
 
-    def _check(self, sample: tuple[Any, ...], result: Any) -> None:
+    def _check(self, sample: _Arguments, result: Any) -> None:
         """Compare the first member with the module itself, once: forms cannot reach what is no child of a module."""
         mean = self._mean[0]
         values: dict[str, Tensor] = {name: buffer.clone() for name, buffer in mean.named_buffers()}
@@ -143,8 +153,7 @@ class MemberWise(nn.Module):
                 values[name] = value[0]
 
         def at(values: dict[str, Tensor]) -> Tensor:
-            own = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, sample)
-            return _joined(torch.func.functional_call(mean, values, own))
+            return _joined(torch.func.functional_call(mean, values, *_copies(sample)))
 
         found, expected = _joined(result), at(values)
         # Rounding may turn a neuron that is on or off; what is not perturbed is wrong by all of the perturbation.
@@ -154,6 +163,16 @@ class MemberWise(nn.Module):
                 "this module's forward reaches layers other than as its children, where members cannot be told apart; "
                 f"{_ONE_BY_ONE}"
             )
+
+
+def _is_expanded(x: Tensor) -> bool:
+    """Say whether all of x's first entries are one and the same memory, as ``expand`` gives them."""
+    return x.layout is torch.strided and x.stride(0) == 0
+
+
+def _copies(arguments: _Arguments) -> _Arguments:
+    """Copy the tensors: a forward may work in place, and other members see the same inputs."""
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, arguments)
 
 
 def _joined(tree: Any) -> Tensor:
@@ -176,7 +195,6 @@ class _Counting(TorchDispatchMode):
 
 def _member_form(module: nn.Module, factored: set[int], seen: dict[int, nn.Module]) -> nn.Module:
     """Copy the module tree with forms in place of layers; everything else keeps its own forward."""
-    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper computes the module that it wraps
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper computes the module that it wraps
     if id(module) in seen:
         return seen[id(module)]

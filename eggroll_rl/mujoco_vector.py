@@ -298,6 +298,11 @@ class MujocoVectorEnv(VectorEnv):
         self._running, self._all_run = mask.copy(), bool(mask.all())
         return self.observe()
 
+    def leave_alone(self, mask: np.ndarray) -> None:
+        """Treat the masked sub-envs (N,) as finished, until they are reset."""
+        self._running = self._running & ~mask
+        self._all_run = bool(self._running.all())
+
     def _autoreset(self, running: np.ndarray, ended: np.ndarray, terms: Infos) -> dict[str, Any]:
         """Do what the mode asks for after a step, and return the step's infos."""
         infos: dict[str, Any] = {}

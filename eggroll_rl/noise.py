@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eggroll_rl.checks import as_finite, shown
 from eggroll_rl.errors import ConfigError
+
+_DRAWN_AT_ONCE = 2**16  # normal numbers whose temporaries stay in the cache
 
 Factors = tuple[Tensor, Tensor]
 """A (P, O, R) and B (P, I, R) of the matrices A Bᵀ/sqrt(R)."""
@@ -98,8 +101,9 @@ class Sparse(NoiseFamily):
     density: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ConfigError(f"density must be above 0 and at most 1, got {self.density!r}")
+        density = as_finite(self.density)
+        if density is None or not 0 < density <= 1:
+            raise ConfigError(f"density must be above 0 and at most 1, got {shown(self.density)}")
 
     def count(self, shape: tuple[int, ...], is_matrix: bool) -> int:
         """Return two numbers per entry: its value, and whether it is there."""
@@ -127,8 +131,8 @@ def make_family(family: "str | NoiseFamily", rank: int) -> NoiseFamily:
     """
     if isinstance(family, NoiseFamily):
         return family
-    if family not in FAMILIES:
-        raise ConfigError(f"noise must be one of {', '.join(FAMILIES)} or a NoiseFamily, got {family!r}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(f"noise must be one of {', '.join(FAMILIES)} or a NoiseFamily, got {shown(family)}")
     made = FAMILIES[family]
     return made(rank) if issubclass(made, LowRank) else made()
 
@@ -176,14 +180,29 @@ def standard_normal(noise: Noise, parameter: int, first: int, n_directions: int,
     the ziggurat of ``Generator.standard_normal`` does not. 24-bit uniforms bound |x| by 5.9.
     """
     blocks = -(-size // 8)  # one Philox block is 4 uint64: 8 normals
+    half = 4 * blocks  # a direction's radii, then as many angles
     counter = [first * blocks, parameter, noise.generation, 0]
     philox = np.random.Philox(counter=counter, key=_key(noise.seed))
-    bits = philox.random_raw(n_directions * blocks * 4).view(np.uint32).reshape(n_directions, 2, blocks * 4)
-    uniform = ((bits >> 8).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)  # in (0, 1)
-    radius = np.sqrt(np.float32(-2) * np.log(uniform[:, 0]))
-    angle = np.float32(2 * math.pi) * uniform[:, 1]
-    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    return torch.from_numpy(np.ascontiguousarray(normal[:, :size]))
+    normal = np.empty((n_directions, size), np.float32)
+    at_once = max(1, _DRAWN_AT_ONCE // (2 * half))
+    for start in range(0, n_directions, at_once):
+        rows = normal[start : start + at_once]
+        bits = philox.random_raw(len(rows) * half).view(np.uint32)
+        bits >>= 8
+        # Signed, which the CPU turns into float faster; below 2**24 there is no difference.
+        integers = bits.view(np.int32).reshape(len(rows), 2, half)
+        radius, angle = integers[:, 0].astype(np.float32), integers[:, 1].astype(np.float32)
+        for uniform, scale in ((radius, 1.0), (angle, np.float32(2 * math.pi))):
+            uniform += np.float32(0.5)
+            # In (0, 1), and of the angle in (0, 2 pi): a power of two rounds nothing, whenever it is multiplied.
+            uniform *= np.float32(scale * 2**-24)
+        np.log(radius, out=radius)
+        radius *= np.float32(-2)
+        np.sqrt(radius, out=radius)
+        n_sines = max(0, size - half)
+        np.multiply(radius[:, :size], np.cos(angle)[:, :size], out=rows[:, :half])
+        np.multiply(radius[:, :n_sines], np.sin(angle, out=angle)[:, :n_sines], out=rows[:, half:])
+    return torch.from_numpy(normal)
 
 
 @lru_cache(maxsize=8)

@@ -41,15 +41,22 @@ class Moments:
     def add(self, x_TNI: np.ndarray, active_TN: np.ndarray) -> None:
         """Add the observations of T steps, those of active members only, in place.
 
-        The mean of the block comes first, then the distances to it: no cancellation, whatever the offset.
+        Distances to each member's first observation make the mean, and distances to that the spread: no cancellation,
+        whatever the offset, and a constant is its own mean to the bit.
         """
         count_N = active_TN.sum(0, dtype=np.float64)
+        if not count_N.any():
+            return
+        first_NI = x_TNI[active_TN.argmax(0), np.arange(len(count_N))]
+        distance_TNI = np.subtract(x_TNI, first_NI, dtype=np.float64)
         if not active_TN.all():
-            x_TNI = np.where(active_TN[:, :, None], x_TNI, 0.0)
-        mean_NI = x_TNI.sum(0) / np.maximum(count_N, 1)[:, None]
-        distance_TNI = (x_TNI - mean_NI) * active_TN[:, :, None]
+            distance_TNI = np.where(active_TN[:, :, None], distance_TNI, 0.0)
+        offset_NI = distance_TNI.sum(0) / np.maximum(count_N, 1)[:, None]
+        distance_TNI -= offset_NI
+        if not active_TN.all():
+            distance_TNI *= active_TN[:, :, None]
         total_N1 = np.maximum(self.count + count_N, 1)[:, None]
-        delta_NI = (mean_NI - self.mean) * (count_N > 0)[:, None]
+        delta_NI = (first_NI + offset_NI - self.mean) * (count_N > 0)[:, None]
         self.mean[:] += delta_NI * (count_N[:, None] / total_N1)
         self.m2[:] += np.square(distance_TNI).sum(0) + np.square(delta_NI) * (
             (self.count * count_N)[:, None] / total_N1
@@ -59,7 +66,10 @@ class Moments:
     def total(self) -> tuple[float, np.ndarray, np.ndarray]:
         """Return count, mean (I,) and m2 (I,) over all members: the sums run in member order."""
         count = float(self.count.sum())
-        mean_I = (self.count[:, None] * self.mean).sum(0) / max(count, 1.0)
+        if count == 0:
+            return 0.0, np.zeros(self.mean.shape[1]), np.zeros(self.mean.shape[1])
+        first_I = self.mean[int(self.count.argmax())]
+        mean_I = first_I + (self.count[:, None] * (self.mean - first_I)).sum(0) / count
         spread_NI = self.count[:, None] * np.square(self.mean - mean_I)
         return count, mean_I, (self.m2 + spread_NI).sum(0)
 
@@ -80,7 +90,7 @@ class ObsNormalizer(nn.Module):
     mean: Tensor
     m2: Tensor
     scale: Tensor
-    shift: Tensor
+    center: Tensor
     which: Tensor
 
     def __init__(self, n_inputs: int, clip: float = 10.0, epsilon: float = 1e-8, which: Tensor | None = None):
@@ -94,12 +104,12 @@ class ObsNormalizer(nn.Module):
         self.register_buffer("which", which, persistent=False)
         # These follow from the others; kept so that the inner loop does not compute a square root per step.
         self.register_buffer("scale", torch.ones(n_inputs, dtype=torch.float64), persistent=False)
-        self.register_buffer("shift", torch.zeros(n_inputs, dtype=torch.float64), persistent=False)
+        self.register_buffer("center", torch.zeros(n_inputs, dtype=torch.float64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (..., I) of any dtype to float32."""
-        # x·scale + shift in float64: the cancellation costs nothing that float32 could hold.
-        return torch.addcmul(self.shift, x, self.scale).clamp_(-self.clip, self.clip).float()
+        # The distance comes first, so that a constant gives 0 whatever its size.
+        return ((x.to(self.center.dtype) - self.center) * self.scale).clamp_(-self.clip, self.clip).float()
 
     @torch.no_grad()
     def combine(self, moments: Moments) -> None:
@@ -120,7 +130,7 @@ class ObsNormalizer(nn.Module):
         else:
             self.scale.fill_(1.0)
         self.scale.masked_fill_(~self.which, 1.0)
-        self.shift.copy_(torch.where(self.which, -self.mean * self.scale, 0.0))
+        self.center.copy_(torch.where(self.which, self.mean, 0.0))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

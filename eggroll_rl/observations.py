@@ -34,6 +34,8 @@ def check_observation_space(space: spaces.Space) -> None:
 
     :raises ConfigError: another space than Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of these
     """
+    if not _parts(space):
+        raise ConfigError(f"observation space {space} has no entries")
     for key, part in _parts(space):
         what = f"observation space {space}" if key is None else f"part {key!r} of the observation space, {part},"
         advice = "" if key is None else "; gymnasium.wrappers.FilterObservation chooses the others"
@@ -42,6 +44,13 @@ def check_observation_space(space: spaces.Space) -> None:
             raise ConfigError(f"{what} is not supported; supported are {known}, and a Dict of them{advice}")
         if isinstance(part, spaces.MultiDiscrete) and (part.nvec.ndim > 1 or np.any(part.start)):
             raise ConfigError(f"{what} must be one-dimensional and start at 0{advice}")
+        check_entries(what if key is not None else "observation space", part)
+
+
+def check_entries(what: str, space: spaces.Space) -> None:
+    """Refuse a Box without any entries."""
+    if isinstance(space, spaces.Box) and 0 in space.shape:
+        raise ConfigError(f"{what} {space} has no entries")
 
 
 def _parts(space: spaces.Space) -> list[tuple[str | None, spaces.Space]]:
@@ -81,6 +90,8 @@ def encode(obs: Any, space: spaces.Space) -> Tensor:
             # SB3's one-hot counts from 0. Rows of an env that was never reset hold 0, whatever the start.
             obs = (obs - int(space.start)).clamp(0, int(space.n) - 1)
         obs = preprocess_obs(obs, space)
+    if obs.dim() == 1:  # of a space without dimensions
+        return obs[:, None]
     return obs if obs.dim() == 2 else obs.flatten(1)
 
 
@@ -125,9 +136,17 @@ def map_arrays(function: Callable[[Any], Any], obs: Any) -> Any:
 
 
 def put_row(batch: Observations, row: int, obs: Any) -> None:
-    """Write one env's observation into a batch."""
+    """Write one env's observation into a batch.
+
+    :raises ValueError: it lacks a key or has another shape; NumPy would repeat what is too small
+    """
     if isinstance(batch, dict):
+        if not isinstance(obs, dict) or batch.keys() - obs.keys():
+            got = sorted(obs) if isinstance(obs, dict) else type(obs).__name__
+            raise ValueError(f"the env's observation must have the keys {sorted(batch)}, got {got}")
         for key, part in batch.items():
-            part[row] = obs[key]
+            put_row(part, row, obs[key])
+    elif (obs.shape if type(obs) is np.ndarray else np.shape(obs)) != batch.shape[1:]:
+        raise ValueError(f"the env's observation must have shape {batch.shape[1:]}, got {np.shape(obs)}")
     else:
         batch[row] = obs

@@ -4,6 +4,7 @@
 """
 
 import copy
+import inspect
 import math
 from itertools import pairwise
 from typing import Any, Self
@@ -16,9 +17,11 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from torch import Tensor, nn
 
+from eggroll_rl.actions import Cast, make_cast
+from eggroll_rl.checks import check_arguments_table, check_flag, check_whole, nearest, shown
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.normalization import ObsNormalizer
-from eggroll_rl.observations import check_observation_space, count_inputs, decode, encode, measured
+from eggroll_rl.observations import check_entries, check_observation_space, count_inputs, decode, encode, measured
 
 EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {"NatureCNN": NatureCNN, "CombinedExtractor": CombinedExtractor}
 ACTIVATIONS = {name.lower(): getattr(nn, name) for name in ("Tanh", "ReLU", "ELU", "GELU", "SiLU", "LeakyReLU")}
@@ -28,6 +31,12 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     """Refuse spaces that the policies cannot handle, naming them."""
     check_observation_space(observation_space)
     if isinstance(action_space, spaces.Box):
+        check_entries("action space", action_space)
+        bounds = np.concatenate([action_space.low.ravel(), action_space.high.ravel()]).astype(np.float64)
+        if np.isfinite(bounds).all() and np.abs(bounds).max() > np.finfo(np.float32).max:
+            raise ConfigError(
+                f"action space {action_space} has bounds beyond float32; RescaleAction makes them smaller"
+            )
         if not np.isfinite(action_space.low).all() or not np.isfinite(action_space.high).all():
             raise ConfigError(
                 f"action space {action_space} is unbounded; wrap the env in gymnasium.wrappers.ClipAction's "
@@ -53,18 +62,54 @@ def find_activation(activation_fn: str | type[nn.Module]) -> type[nn.Module]:
     """Look up an activation by name, in any case; a class passes through."""
     if isinstance(activation_fn, str):
         if activation_fn.lower() not in ACTIVATIONS:
-            raise ConfigError(f"activation_fn must be one of {', '.join(ACTIVATIONS)}, got {activation_fn!r}")
+            raise ConfigError(f"activation_fn must be one of {', '.join(ACTIVATIONS)}, got {shown(activation_fn)}")
         return ACTIVATIONS[activation_fn.lower()]
+    if not (isinstance(activation_fn, type) and issubclass(activation_fn, nn.Module)):
+        raise ConfigError(f"activation_fn must be a name or a class of torch.nn, got {shown(activation_fn)}")
     return activation_fn
 
 
 def find_extractor(extractor: str | type[BaseFeaturesExtractor]) -> type[BaseFeaturesExtractor]:
     """Look up a features extractor by name; a class passes through."""
-    if not isinstance(extractor, str):
+    if isinstance(extractor, str) and extractor in EXTRACTORS:
+        return EXTRACTORS[extractor]
+    if isinstance(extractor, type) and issubclass(extractor, BaseFeaturesExtractor):
         return extractor
-    if extractor not in EXTRACTORS:
-        raise ConfigError(f"features_extractor_class must be one of {', '.join(EXTRACTORS)}, got {extractor!r}")
-    return EXTRACTORS[extractor]
+    known = ", ".join(EXTRACTORS)
+    raise ConfigError(
+        f"features_extractor_class must be one of {known}, or a subclass of Stable-Baselines3's BaseFeaturesExtractor, "
+        f"got {shown(extractor)}"
+    )
+
+
+def check_net_arch(net_arch: Any) -> None:
+    """Refuse what is neither None nor a list of layer widths."""
+    if net_arch is None:
+        return
+    if not isinstance(net_arch, list | tuple):
+        raise ConfigError(f"net_arch must be a list of layer widths, at least 1, got {shown(net_arch)}")
+    for width in net_arch:
+        check_whole("net_arch: a layer width", width, 1)
+
+
+def check_policy_kwargs(policy: "type[MlpPolicy]", policy_kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that a policy does not take, or not these, as far as can be told without its spaces.
+
+    :raises ConfigError: a name is unknown, with the nearest one, or a value is wrong
+    """
+    known: list[str] = []
+    for kind in inspect.getmro(policy):  # each hands on to the next what it does not know
+        if "__init__" not in vars(kind):
+            continue
+        parameters = inspect.signature(vars(kind)["__init__"]).parameters.values()
+        known += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    known = [name for name in dict.fromkeys(known) if name not in ("self", "observation_space", "action_space")]
+    for name in policy_kwargs:
+        if name not in known:
+            raise ConfigError(f"policy_kwargs: {policy.__name__} has no {shown(name)}{nearest(name, known)}")
+    policy.check_values(policy_kwargs)
 
 
 def check_extractor_name(extractor: Any) -> None:
@@ -110,6 +155,7 @@ class MlpPolicy(BasePolicy):
     :raises ConfigError: a space is not supported
     """
 
+    _default_extractor: str | None = None
     state_size = 0  # numbers that a policy with memory carries from step to step
     network: Any  # a Sequential, or whatever a subclass makes
     _action_middle: Tensor
@@ -129,14 +175,16 @@ class MlpPolicy(BasePolicy):
         features_extractor_kwargs: dict[str, Any] | None = None,
     ):
         check_spaces(observation_space, action_space)
+        values = {"net_arch": net_arch, "activation_fn": activation_fn, "normalize_obs": normalize_obs}
+        values |= {"squash_output": squash_output, "with_bias": with_bias, "zero_last_layer": zero_last_layer}
+        values |= {"features_extractor_class": features_extractor_class}
+        MlpPolicy.check_values({**values, "features_extractor_kwargs": features_extractor_kwargs})
         super().__init__(
             observation_space,
             action_space,
             squash_output=squash_output and isinstance(action_space, spaces.Box),
         )
-        self.net_arch = [64, 64] if net_arch is None else list(net_arch)
-        if any(not isinstance(width, int) or width < 1 for width in self.net_arch):
-            raise ConfigError(f"net_arch must be a list of layer widths, at least 1, got {net_arch!r}")
+        self.net_arch = [64, 64] if net_arch is None else [int(width) for width in net_arch]
         self.activation_fn = find_activation(activation_fn)
         self.with_bias = with_bias
         self.zero_last_layer = zero_last_layer
@@ -144,19 +192,37 @@ class MlpPolicy(BasePolicy):
         self.n_inputs = count_inputs(observation_space)
         self.extractor_class = None if features_extractor_class is None else find_extractor(features_extractor_class)
         self.extractor_kwargs = features_extractor_kwargs
-        if features_extractor_kwargs and self.extractor_class is None:
-            raise ConfigError(f"features_extractor_kwargs={features_extractor_kwargs} needs a features_extractor_class")
         which = measured(observation_space, images=self.extractor_class is None)
         self.normalizer = ObsNormalizer(self.n_inputs, which=which) if normalize_obs and which.any() else None
         self.n_outputs = count_outputs(action_space)
         self.network = self._make_network()
         if isinstance(action_space, spaces.Box):
             low, high = (
-                torch.as_tensor(b, dtype=torch.float32).flatten() for b in (action_space.low, action_space.high)
+                torch.as_tensor(b, dtype=torch.float32).flatten() / 2 for b in (action_space.low, action_space.high)
             )
             self._action_shape = action_space.shape
-            self.register_buffer("_action_middle", (low + high) / 2, persistent=False)
-            self.register_buffer("_action_half_range", (high - low) / 2, persistent=False)
+            self.register_buffer("_action_middle", low + high, persistent=False)
+            self.register_buffer("_action_half_range", high - low, persistent=False)
+
+    @classmethod
+    def check_values(cls, given: dict[str, Any]) -> None:
+        """Refuse values of the constructor's arguments that are wrong whatever the spaces are.
+
+        A subclass with arguments of its own checks these, and leaves the rest to its base.
+
+        :param given: some of the arguments by name
+        :raises ConfigError: naming the argument
+        """
+        check_net_arch(given.get("net_arch"))
+        find_activation(given.get("activation_fn", nn.Tanh))
+        for name in ("normalize_obs", "squash_output", "with_bias", "zero_last_layer"):
+            check_flag(name, given.get(name, True))
+        extractor, extractor_kwargs = (given.get(f"features_extractor_{what}") for what in ("class", "kwargs"))
+        if extractor is not None:
+            find_extractor(extractor)
+        check_arguments_table("features_extractor_kwargs", extractor_kwargs)
+        if extractor_kwargs and extractor is None and cls._default_extractor is None:
+            raise ConfigError(f"features_extractor_kwargs={shown(extractor_kwargs)} needs a features_extractor_class")
 
     def _make_network(self) -> nn.Module:
         """Return the network from rows (N, I) to outputs (N, O)."""
@@ -217,6 +283,26 @@ class MlpPolicy(BasePolicy):
         """Return the env's actions for a batch of raw observations."""
         return self.actions(self.network(self.features(self.encode(obs))))
 
+    def in_space(self) -> Cast | None:
+        """Return what brings actions (..., *action_space.shape) of this policy into its space; None: they are there."""
+        low = high = np.zeros(())
+        if isinstance(self.action_space, spaces.Box):
+            middle, half = self._action_middle.cpu().numpy(), self._action_half_range.cpu().numpy()
+            low, high = (x.reshape(self.action_space.shape) for x in (middle - half, middle + half))
+        return make_cast(self.action_space, low, high)
+
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """As SB3's, with actions in the space's dtype."""
+        actions, state = super().predict(observation, state, episode_start, deterministic)
+        cast = self.in_space()
+        return (actions if cast is None else np.asarray(cast(np.asarray(actions)))), state
+
     def _predict(self, observation: Any, deterministic: bool = True) -> Tensor:
         if self.squash_output:
             # predict() of the base class maps squashed actions onto the bounds itself.
@@ -262,13 +348,21 @@ class LinearPolicy(MlpPolicy):
         with_bias: bool = False,
         **kwargs: Any,
     ):
-        if net_arch:
-            raise ConfigError(f"LinearPolicy has no hidden layers, got net_arch={net_arch!r}; use MlpPolicy")
+        self.check_values({"net_arch": net_arch})
         super().__init__(observation_space, action_space, net_arch=[], with_bias=with_bias, **kwargs)
+
+    @classmethod
+    def check_values(cls, given: dict[str, Any]) -> None:
+        """As the base; and there are no hidden layers."""
+        super().check_values(given)
+        if given.get("net_arch"):
+            raise ConfigError(f"LinearPolicy has no hidden layers, got net_arch={given['net_arch']!r}; use MlpPolicy")
 
 
 class CnnPolicy(MlpPolicy):
     """An image through SB3's NatureCNN, and one layer behind it unless ``net_arch`` says more."""
+
+    _default_extractor = "NatureCNN"
 
     def __init__(
         self,
@@ -296,6 +390,8 @@ class MultiInputPolicy(MlpPolicy):
 
     Where one of these has fewer than 36 x 36 pixels, too few for the NatureCNN in it, all are flattened.
     """
+
+    _default_extractor = "CombinedExtractor"  # of some spaces
 
     def __init__(
         self,

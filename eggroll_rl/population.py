@@ -6,6 +6,7 @@ module runs in :mod:`eggroll_rl.memberwise`.
 Shapes: N members, P directions, B batch, I inputs, O outputs, R rank.
 """
 
+import inspect
 import math
 from collections import OrderedDict
 from typing import Any, TypeGuard
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from eggroll_rl.errors import UnsupportedModuleError
+from eggroll_rl.forms import PACKED_ADVICE, is_packed
 from eggroll_rl.lowrank import Perturbed, perturbed_parameters
 from eggroll_rl.memberwise import MemberWise
 from eggroll_rl.noise import Noise
@@ -42,6 +45,14 @@ def _is_mlp(module: nn.Module) -> bool:
     return is_plain_sequence(module) and all(
         type(layer) is nn.Linear or type(layer) in _ELEMENTWISE for layer in module.children()
     )
+
+
+def _of_members(drawn: Tensor, each: int, scale_N: Tensor | None = None) -> Tensor:
+    """Return what directions (P, ...) are for ``each`` members of theirs, times a number per member; (N, ...)."""
+    drawn = drawn.unsqueeze(1)
+    if scale_N is None:
+        return drawn.expand(-1, each, *drawn.shape[2:]).flatten(0, 1).contiguous()
+    return (drawn * scale_N.view(-1, each, *[1] * (drawn.dim() - 2))).flatten(0, 1)
 
 
 class PerturbedLinear(nn.Module):
@@ -167,7 +178,8 @@ class Population:
         """
         if self._members is None:
             with torch.no_grad():
-                drawn = {id(p.parameter): self._draw(p) for p in self._parameters}
+                steps_N = torch.from_numpy(self.noise.steps(self.first, self.size))
+                drawn = {id(p.parameter): self._draw(p, steps_N) for p in self._parameters}
                 # A chain needs factors of every matrix, which not every family of noise has.
                 factored = all(isinstance(drawn[id(p.parameter)], tuple) for p in self._parameters if p.is_matrix)
                 is_chain = factored and _is_mlp(self._mean)
@@ -175,25 +187,26 @@ class Population:
         return self._members
 
     @torch.no_grad()
-    def forward(self, *inputs: Any, per_member: bool = False) -> Any:
+    def forward(self, *inputs: Any, per_member: bool = False, **keywords: Any) -> Any:
         """Evaluate all members in one call.
 
         :param inputs: what the module takes: tensors (batch, ...), or dicts, lists and tuples of them, the same for
             every member; with ``per_member`` (N, batch, ...). None and anything else is passed as it is
+        :param keywords: the same, by the names that the module's forward has for them: masks, for example
+        :param per_member: every tensor has a leading entry per member. One that they share is given as
+            ``x.expand(N, *x.shape)``, which costs nothing, and is seen as shared
         :return: what the module returns, its tensors (N, batch, ...)
-        :raises UnsupportedModuleError: the module does what ``torch.func.vmap`` cannot do for all members
+        :raises ValueError: with ``per_member``, a tensor has another number of entries
+        :raises UnsupportedModuleError: the module does what ``torch.func.vmap`` cannot do for all members, or an
+            input is a PackedSequence
         """
-        if per_member:
-            for x in tree_leaves(inputs):
-                if isinstance(x, Tensor) and (x.dim() == 0 or len(x) != self.size):
-                    got = tuple(x.shape)[:1] or "a number"
-                    raise ValueError(
-                        f"x must have one leading entry per member: expected {self.size}, "
-                        f"got {got[0] if isinstance(got, tuple) else got}"
-                    )
+        for name, value in [*enumerate(inputs), *keywords.items()]:
+            self._check_argument(f"input {name!r}", value, per_member)
         members = self.members
         if isinstance(members, MemberWise):
-            return members.evaluate(inputs, per_member)
+            return members.evaluate(inputs, keywords, per_member)
+        if keywords or len(inputs) != 1:  # a TypeError as the module's own, where it is not one input
+            inputs = inspect.signature(self._mean.forward).bind(*inputs, **keywords).args
         (x,) = inputs
         linear = [layer for layer in members if isinstance(layer, PerturbedLinear)]
         if not per_member and linear and x.dim() > 1:
@@ -202,10 +215,19 @@ class Population:
                 return self._forward_in_columns(members, x_BI).unflatten(1, x.shape[:-1])
         if x.dim() == 1 + per_member:  # one input without a batch
             return self.forward(x.unsqueeze(-2), per_member=per_member).squeeze(-2)
-        if x.dim() == 1 + per_member:  # one input without a batch
-            return self.forward(x.unsqueeze(-2), per_member=per_member).squeeze(-2)
         x_NB = x if per_member else x.expand(self.size, *x.shape)
         return members(x_NB.flatten(0, 1)).unflatten(0, x_NB.shape[:2])
+
+    def _check_argument(self, name: str, value: Any, per_member: bool) -> None:
+        for x in tree_leaves(value, is_leaf=is_packed):
+            if is_packed(x):
+                raise UnsupportedModuleError(f"{name} is a PackedSequence, which {PACKED_ADVICE}")
+            if per_member and isinstance(x, Tensor) and (x.dim() == 0 or len(x) != self.size):
+                got = "a number" if x.dim() == 0 else f"{len(x)} of shape {tuple(x.shape)}"
+                raise ValueError(
+                    f"{name} must have one leading entry per member: expected {self.size}, got {got}; "
+                    f"what members share is given as x.expand({self.size}, *x.shape)"
+                )
 
     def _forward_in_columns(self, members: Chain, x_BI: Tensor) -> Tensor:
         """Evaluate all members on the same inputs, with explicit weights and an input per column; (N, B, O).
@@ -250,20 +272,17 @@ class Population:
         drawn = self._drawn[p.index]
         return (drawn[0][part], drawn[1][part]) if isinstance(drawn, tuple) else drawn[part]
 
-    def _draw(self, p: Perturbed) -> "tuple[Tensor, Tensor] | Tensor":
+    def _draw(self, p: Perturbed, steps_N: Tensor) -> "tuple[Tensor, Tensor] | Tensor":
         """Return s·sigma·E of all members: factors (N, O, R) and (N, I, R) of the product, or dense (N, ...)."""
         each = 2 if self.noise.antithetic else 1
         first, last = self.noise.direction(self.first), self.noise.direction(self.first + self.size - 1)
         drawn = p.draw(self.noise, first, last - first + 1)
         if sum(side.numel() for side in tree_leaves(drawn)) <= _KEPT:
             self._drawn[p.index] = drawn
-        steps_N = self.noise.steps(self.first, self.size)
         if isinstance(drawn, tuple):
-            a_NOR, b_NIR = (side.repeat_interleave(each, 0) for side in drawn)
-            scale = torch.from_numpy(steps_N / math.sqrt(a_NOR.shape[2])).to(a_NOR)
-            return a_NOR * scale[:, None, None], b_NIR
-        dense = drawn.repeat_interleave(each, 0)
-        return dense * torch.from_numpy(steps_N).to(dense).view(-1, *[1] * (dense.dim() - 1))
+            scale_N = (steps_N / math.sqrt(drawn[0].shape[2])).to(drawn[0])
+            return _of_members(drawn[0], each, scale_N), _of_members(drawn[1], each)
+        return _of_members(drawn, each, steps_N.to(drawn))
 
     def _chain(self, drawn: "dict[int, tuple[Tensor, Tensor] | Tensor]") -> Chain:
         def perturb(layer: nn.Module) -> nn.Module:

@@ -7,8 +7,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from eggroll_rl.checks import check_whole, shown
 from eggroll_rl.errors import ConfigError
-from eggroll_rl.es import check_whole
 from eggroll_rl.policies import CnnPolicy, LinearPolicy, MlpPolicy, MultiInputPolicy
 
 CELLS: dict[str, Any] = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}
@@ -50,14 +50,21 @@ class RecurrentPolicy(MlpPolicy):
         cell: str = "gru",
         **kwargs: Any,
     ):
-        check_whole("hidden_size", hidden_size, 1)
-        if cell not in CELLS:
-            raise ConfigError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-        if kwargs.get("features_extractor_class") is not None:
-            raise ConfigError("RecurrentPolicy takes no features_extractor_class")
+        self.check_values({"hidden_size": hidden_size, "cell": cell, **kwargs})
         self.hidden_size, self.cell = hidden_size, cell
         self.state_size = hidden_size * (2 if cell == "lstm" else 1)
         super().__init__(observation_space, action_space, net_arch=[64] if net_arch is None else net_arch, **kwargs)
+
+    @classmethod
+    def check_values(cls, given: dict[str, Any]) -> None:
+        """As the base, with the cell's."""
+        super().check_values(given)
+        check_whole("hidden_size", given.get("hidden_size", 64), 1)
+        cell = given.get("cell", "gru")
+        if not isinstance(cell, str) or cell not in CELLS:
+            raise ConfigError(f"cell must be one of {', '.join(CELLS)}, got {shown(cell)}")
+        if given.get("features_extractor_class") is not None:
+            raise ConfigError("RecurrentPolicy takes no features_extractor_class")
 
     def _make_network(self) -> nn.Module:
         sizes = [self.n_inputs, *self.net_arch]
@@ -90,6 +97,8 @@ class RecurrentPolicy(MlpPolicy):
                 states[np.asarray(episode_start, dtype=bool)] = 0.0
             outputs, following = self.network(features, torch.from_numpy(states).to(features.device))
             actions = self.actions(outputs).cpu().numpy()
+        cast = self.in_space()
+        actions = actions if cast is None else cast(actions)
         return (actions if vectorized else actions[0]), following.cpu().numpy()
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A constant is just a number. Any function of the generation, from 0, will do.
 import math
 from collections.abc import Callable
 
+from eggroll_rl.checks import as_finite, shown
 from eggroll_rl.errors import ConfigError
 
 GenerationSchedule = Callable[[int], float]
@@ -39,7 +40,7 @@ def cosine(start: float, end: float, generations: int) -> GenerationSchedule:
 
 def _check(lowest: float = math.ulp(0.0), **values: float) -> None:
     for name, value in values.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < lowest:
+        number = as_finite(value)
+        if number is None or number < lowest:
             right = "above 0" if lowest else "of 0 or more"
-            raise ConfigError(f"{name} of the schedule must be a finite number {right}, got {value!r}")
+            raise ConfigError(f"{name} of the schedule must be a finite number {right}, got {shown(value)}")

@@ -41,6 +41,8 @@ class EpisodeScorer:
         infos = {}
         each = zip(np.cumsum(lengths).tolist(), returns.tolist(), lengths.tolist(), successes.tolist(), strict=True)
         for step, episode_return, length, success in each:
+            if math.isnan(episode_return):
+                continue  # of a member that failed
             known = {} if math.isnan(success) else {"is_success": bool(success)}
             infos[step] = {"episode": {"r": episode_return, "l": length}, **known}
         return infos
@@ -51,7 +53,7 @@ class EpisodeScorer:
         """Tell the core the fitness, and return what there is to log; ``improvement`` is for segments."""
         returns_NE = np.concatenate([result.returns for result in results])
         lengths_NE = np.concatenate([result.lengths for result in results])
-        metrics = es.tell((returns_NE + alive_bonus_offset * lengths_NE).mean(axis=1))
+        metrics = es.tell(_worst_where_missing((returns_NE + alive_bonus_offset * lengths_NE).mean(axis=1)))
         del metrics["update_cosine"]  # with a step that a checkpoint does not keep
         return metrics
 
@@ -319,3 +321,9 @@ def _joined(results: list[SegmentResult], name: str) -> np.ndarray:
 
 def _ended(results: list[SegmentResult]) -> np.ndarray:
     return _joined(results, "terminated") | _joined(results, "truncated")
+
+
+def _worst_where_missing(fitness: np.ndarray) -> np.ndarray:
+    """Put the fitness (N,) of members that failed just below the least of the others."""
+    missing = np.isnan(fitness)
+    return np.where(missing, np.nextafter(fitness[~missing].min(), -np.inf), fitness) if missing.any() else fitness

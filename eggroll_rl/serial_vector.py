@@ -38,6 +38,9 @@ class SerialVectorEnv(VectorEnv):
     :class:`~eggroll_rl.mujoco_vector.MujocoVectorEnv`.
 
     :param env_fns: one function per sub-env, each returning a new env
+    :ivar keep_going: leave a sub-env that failed alone instead of raising; ``infos["failures"]`` then holds its
+        :class:`SubEnvError` by its number
+    :ivar running_row: (1,) int64, which sub-env is being called, or -1: for whoever finds the process dead
     :raises ConfigError: the functions return one and the same env
     """
 
@@ -55,6 +58,8 @@ class SerialVectorEnv(VectorEnv):
         self.spec = self.envs[0].spec
         self._obs: Any = create_empty_array(self.single_observation_space, self.num_envs)
         self._done = np.ones(self.num_envs, dtype=bool)
+        self.keep_going = False
+        self.running_row = np.full(1, -1)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -62,19 +67,23 @@ class SerialVectorEnv(VectorEnv):
         """Reset the sub-envs of ``options["reset_mask"]`` (all by default).
 
         :param seed: one seed per sub-env; or one number s, for s, s + 1, ...
+        :return: observations (num_envs, ...), and infos
         :raises SubEnvError: a sub-env raised
         """
         options = dict(options or {})
         mask = options.pop("reset_mask", np.ones(self.num_envs, dtype=bool))
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
+        infos: dict[str, Any] = {}
         for i in np.flatnonzero(mask).tolist():
+            self.running_row[0] = i
+            self._done[i] = False
             try:
                 obs, _ = self.envs[i].reset(seed=seeds[i], options=options or None)
                 put_row(self._obs, i, obs)
-            except Exception as error:
-                raise SubEnvError(i, "reset()", error) from error
-        self._done[mask] = False
-        return map_arrays(np.copy, self._obs), {}
+            except (Exception, SystemExit) as error:
+                self._failed(infos, i, "reset()", error)
+        self.running_row[0] = -1
+        return map_arrays(np.copy, self._obs), infos
 
     def step(self, actions: np.ndarray) -> tuple[Observations, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step the sub-envs whose episode is still running.
@@ -90,22 +99,38 @@ class SerialVectorEnv(VectorEnv):
         truncations = np.zeros(self.num_envs, dtype=bool)
         infos: dict[str, Any] = {}
         for i in np.flatnonzero(~self._done).tolist():
+            self.running_row[0] = i
             try:
-                obs, rewards[i], terminations[i], truncations[i], info = self.envs[i].step(actions[i])
+                obs, reward, terminated, truncated, info = self.envs[i].step(actions[i])
                 put_row(self._obs, i, obs)
-            except Exception as error:
-                raise SubEnvError(i, "step()", error) from error
+                # The types are looked at here: a call takes as long as a look.
+                reward = reward if type(reward) is float else _number(reward)
+                ended = terminated if type(terminated) is bool else _flag("terminated", terminated)
+                cut = truncated if type(truncated) is bool else _flag("truncated", truncated)
+            except (Exception, SystemExit) as error:
+                self._failed(infos, i, "step()", error)
+                continue
+            rewards[i] = reward
             if self._has_diverged(self.envs[i]):
                 infos = self._add_info(infos, {"diverged": True}, i)
-            if terminations[i] or truncations[i]:
+            if ended or cut:
+                terminations[i], truncations[i] = ended, cut
                 self._done[i] = True
                 if "is_success" in info:
                     infos = self._add_info(infos, {"is_success": bool(info["is_success"])}, i)
+        self.running_row[0] = -1
         return map_arrays(np.copy, self._obs), rewards, terminations, truncations, infos
 
-    def leave_alone(self) -> None:
-        """Treat all sub-envs as finished, until they are reset."""
-        self._done[:] = True
+    def leave_alone(self, mask: np.ndarray) -> None:
+        """Treat the masked sub-envs (num_envs,) as finished, until they are reset."""
+        self._done[mask] = True
+
+    def _failed(self, infos: dict[str, Any], row: int, call: str, error: BaseException) -> None:
+        failure = SubEnvError(row, call, error)
+        if not self.keep_going:
+            raise failure from error
+        infos.setdefault("failures", {})[row] = failure
+        self._done[row] = True
 
     @staticmethod
     def _has_diverged(env: gym.Env) -> bool:
@@ -120,3 +145,16 @@ class SerialVectorEnv(VectorEnv):
         """Close all sub-envs."""
         for env in self.envs:
             env.close()
+
+
+def _number(reward: Any) -> float:
+    plain = isinstance(reward, float | int | np.floating | np.integer)
+    if not plain and (np.ndim(reward) > 0 or np.asarray(reward).dtype.kind not in "fiub"):
+        raise TypeError(f"the env's reward must be a number, got {reward!r}")
+    return float(reward)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_) and not (isinstance(value, int | np.integer) and value in (0, 1)):
+        raise TypeError(f"the env's {name} must be true or false, got {value!r}")
+    return bool(value)

@@ -27,6 +27,7 @@ from eggroll_rl.errors import ConfigError, EggrollError, RunFolderError
 from eggroll_rl.evaluation import Evaluation, acting, evaluate
 from eggroll_rl.files import alone_in, cannot_write, one_line, sync, write_atomic
 from eggroll_rl.machine import machine, versions
+from eggroll_rl.rollout import RolloutResult
 from eggroll_rl.signals import handlers
 from eggroll_rl.tracking import tracked
 from eggroll_rl.workers import count_workers
@@ -322,6 +323,19 @@ class RunRecorder(GenerationCallback):
 
         :raises RunFolderError: the checkpoint is missing, damaged, or of another configuration
         """
+        generation, timesteps = self.restore_model(model)
+        self._boundary = {"generation": generation, "timesteps": timesteps}
+        rows = agents.read_csv(self.folder / "progress.csv")
+        self.rows = [row for row in rows if _generation(row) <= generation]
+        agents.write_csv(self.folder / "progress.csv", self.rows)
+        evaluations = agents.read_evaluations(self.folder / "evaluations.npz")
+        self.evaluations = [e for e in evaluations if e["timesteps"] <= timesteps]
+
+    def restore_model(self, model: EGGROLL) -> tuple[int, int]:
+        """Bring a new model to the state of the last checkpoint, write nothing, and return generation and timesteps.
+
+        :raises RunFolderError: as :meth:`restore`
+        """
         path, tensors, about, skipped = newest_checkpoint(self.folder)
         for reason in skipped:
             self._say(f"skipped: {reason}")
@@ -351,12 +365,7 @@ class RunRecorder(GenerationCallback):
         except Exception as error:  # of whatever a stranger wrote there
             what = one_line(error)
             raise RunFolderError(f"{path} does not fit {self.folder / 'config.toml'}: {what}") from error
-        self._boundary = {"generation": about["generation"], "timesteps": about["timesteps"]}
-        rows = agents.read_csv(self.folder / "progress.csv")
-        self.rows = [row for row in rows if _generation(row) <= about["generation"]]
-        agents.write_csv(self.folder / "progress.csv", self.rows)
-        evaluations = agents.read_evaluations(self.folder / "evaluations.npz")
-        self.evaluations = [e for e in evaluations if e["timesteps"] <= about["timesteps"]]
+        return about["generation"], about["timesteps"]
 
     # Signals --------------------------------------------------------------------------------------------
 
@@ -398,6 +407,27 @@ class RunRecorder(GenerationCallback):
             f"{self.num_steps:>12,} steps {self.training_seconds:7.1f} s   ep_rew_mean {row['ep_rew_mean']:.2f}   "
             f"{rate:,.0f} steps/s   about {left:.0f} s left"
         )
+
+
+def replay(folder: Path, member: int, gym_packages: tuple[str, ...] = ()) -> tuple[int, list[float], list[int]]:
+    """Evaluate one member of a run's next generation again, alone and in this process; the run stays as it is.
+
+    :param member: its number, or that of a simulation where segments run
+    :return: the generation, and returns and lengths of the member's episodes; of a simulation the sum of its rewards
+    :raises EpisodeError: it fails
+    :raises RunFolderError: the folder holds no run
+    :raises ConfigError: there is no such member
+    """
+    config = load_run_config(folder)
+    factory = config.factory(gym_packages)
+    model = _model(config, factory, folder)
+    config.resolve(model)
+    generation, _ = RunRecorder(config, folder, factory).restore_model(model)
+    result = model.replay_member(member)
+    row = member - result.first
+    if isinstance(result, RolloutResult):
+        return generation, result.returns[row].tolist(), result.lengths[row].tolist()
+    return generation, [float(result.rewards[:, row].sum())], [int(result.lengths[row])]
 
 
 def load_run_config(folder: Path) -> RunConfig:

@@ -16,7 +16,7 @@ from eggroll_rl.es import one_thread
 from eggroll_rl.normalization import Moments
 from eggroll_rl.observations import finite_rows
 from eggroll_rl.policies import MlpPolicy
-from eggroll_rl.rollout import Generation, RolloutResult, load_generation
+from eggroll_rl.rollout import Failure, Generation, RolloutResult, load_generation
 from eggroll_rl.segments import Result
 
 
@@ -55,6 +55,7 @@ class VecEnvEvaluator:
         lengths_NE = np.zeros((n_members, n_episodes), dtype=np.int64)
         n_measured = 0 if self._policy.normalizer is None else self._policy.n_inputs
         moments = Moments.zeros(n_envs, n_measured)
+        failures: dict[int, Failure] = {}
         episode_N = np.where(np.arange(n_envs) < n_members, 0, n_episodes)
         steps = 0
         padding = ((offset, rows - offset - n_envs), (0, 0))
@@ -73,14 +74,23 @@ class VecEnvEvaluator:
             returns_NE[active, episode_N[active]] += rewards[active]
             lengths_NE[active, episode_N[active]] += 1
             for what, values in (("reward", rewards), ("observation", encoded)):
-                bad = active[~finite_rows(values[active])]
-                if len(bad):
-                    row = int(bad[0])
-                    raise EpisodeError(
+                for row in active[~finite_rows(values[active])].tolist():
+                    text = (
                         f"generation {noise.generation}, member {first + row}, episode {episode_N[row]}, "
                         f"step {lengths_NE[row, episode_N[row]]}: the env's {what} is not finite: {values[row]}"
                     )
+                    if not generation.max_failures:
+                        raise EpisodeError(text)
+                    failures.setdefault(row, Failure(first + row, what, text))
             episode_N += active_N & dones
+            if failures:
+                episode_N[list(failures)] = n_episodes
+                encoded = encoded.copy()
+                encoded[list(failures)] = 0.0  # the env goes on in these rows, to no purpose
+        bad = list(failures)
+        returns_NE[bad] = np.nan
+        moments.count[bad], moments.mean[bad], moments.m2[bad] = 0.0, 0.0, 0.0
         real = Moments(moments.count[:n_members], moments.mean[:n_members], moments.m2[:n_members])
         unknown = np.full_like(returns_NE, np.nan)
-        return RolloutResult(first, returns_NE, lengths_NE, unknown, real, steps - int(lengths_NE.sum()))
+        idle_steps = steps - int(lengths_NE.sum())
+        return RolloutResult(first, returns_NE, lengths_NE, unknown, real, idle_steps, tuple(failures.values()))

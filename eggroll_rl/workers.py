@@ -5,23 +5,30 @@ A worker is a fresh interpreter, not a fork, that never imports the caller's scr
 parameters, the normalizer's moments and bounds of slices, and sends back results.
 """
 
+import faulthandler
+import math
+import mmap
 import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import traceback
-from collections import deque
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import cloudpickle
+import numpy as np
 import torch
 from gymnasium.envs.registration import registry
 
+from eggroll_rl.dispatch import RETRIES, Done, Lost, Task, dispatch
 from eggroll_rl.envs import EnvFactory
 from eggroll_rl.errors import ConfigError, EggrollError, EpisodeError, WorkerDiedError
 from eggroll_rl.es import one_thread
@@ -29,6 +36,11 @@ from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Generation, load_generation
 from eggroll_rl.segments import Result, evaluate_slice
+from eggroll_rl.serial_vector import SerialVectorEnv
+
+STEP_TIMEOUT = 300.0  # seconds
+_IMPORT_SECONDS = 60.0  # that a worker may take on top, to start
+_PLACE_BYTES = 16
 
 
 class Evaluator(Protocol):
@@ -61,11 +73,13 @@ def count_workers(n_workers: int | None, n_rows: int, slice_size: int) -> int:
     return min(n_workers, -(-n_rows // slice_size))
 
 
-def make_evaluator(n_workers: int, policy: MlpPolicy, factory: EnvFactory, slice_size: int) -> Evaluator:
-    """Return an evaluator with ``n_workers`` processes; 0 is this one."""
+def make_evaluator(
+    n_workers: int, policy: MlpPolicy, factory: EnvFactory, slice_size: int, step_timeout: float = STEP_TIMEOUT
+) -> Evaluator:
+    """Return an evaluator with ``n_workers`` processes; 0 is this one, which no ``step_timeout`` ends."""
     if n_workers == 0:
         return InProcessEvaluator(policy.replica(), factory, slice_size)
-    return ProcessEvaluator(n_workers, policy.replica(), factory, slice_size)
+    return ProcessEvaluator(n_workers, policy.replica(), factory, slice_size, step_timeout)
 
 
 class InProcessEvaluator:
@@ -95,41 +109,154 @@ class InProcessEvaluator:
 class ProcessEvaluator:
     """Evaluate slices in worker processes, each handed the next slice as it becomes free.
 
+    A worker that dies, or makes no step for ``step_timeout``, is replaced, and its slice is done again.
+
     :param n_workers: number of processes, at least 1
     :param policy: its architecture; its state comes with every generation
     :param factory: builds an env in the worker
     :param slice_size: sub-envs per worker
+    :param step_timeout: seconds that one step of a slice's envs may take, or a reset, or making them
     :raises ConfigError: the env function cannot be pickled
     :raises EggrollError: an env cannot be built in the worker, with its traceback
     """
 
-    def __init__(self, n_workers: int, policy: MlpPolicy, factory: EnvFactory, slice_size: int):
+    def __init__(
+        self,
+        n_workers: int,
+        policy: MlpPolicy,
+        factory: EnvFactory,
+        slice_size: int,
+        step_timeout: float = STEP_TIMEOUT,
+    ):
         try:
-            setup = cloudpickle.dumps((policy, factory, slice_size, registered_specs()))
+            self._setup = cloudpickle.dumps((policy, factory, slice_size, registered_specs()))
         except Exception as error:
             raise ConfigError(f"the env cannot be sent to worker processes ({error}); use n_workers=0") from error
-        self._processes: list[subprocess.Popen] = []
-        self._connections: list[Connection] = []
+        self._step_timeout = step_timeout
+        self._generation = b""
+        self._failed_starts = 0
+        self._workers: list[_Worker] = []
         try:
             for _ in range(n_workers):
                 self._start()
-            for connection in self._connections:
-                connection.send_bytes(setup)
-            for connection in self._connections:
-                self._receive(connection)
+            while not all(worker.is_ready for worker in self._workers):
+                self.wait()
         except BaseException:
             self.close()
             raise
 
+    def evaluate(self, generation: Generation) -> list[Result]:
+        """Return one result per slice, in slice order."""
+        return dispatch(generation, self)
+
+    # The crew of dispatch() -----------------------------------------------------------------------------
+
+    def begin(self, generation: Generation) -> None:
+        """Keep a generation, for the workers that get a slice of it."""
+        self._generation = pickle.dumps(generation)
+        for worker in self._workers:
+            worker.has_generation = False
+
+    def n_idle(self) -> int:
+        """Return how many workers wait for work."""
+        return sum(worker.is_idle for worker in self._workers)
+
+    def send(self, task: Task) -> None:
+        """Hand a slice to a worker that waits."""
+        worker = next(worker for worker in self._workers if worker.is_idle)
+        worker.start_clock(task)
+        try:
+            if not worker.has_generation:
+                worker.connection.send_bytes(self._generation)
+                worker.has_generation = True
+            worker.connection.send(task)
+        except OSError:
+            worker.is_broken = True  # wait() sees to it
+
+    def wait(self) -> list[Done | Lost]:
+        """Return the answers that have come, and what was lost with its worker, which is replaced."""
+        events: list[Done | Lost] = []
+        tick = min(1.0, self._step_timeout / 4)
+        broken = any(worker.is_broken for worker in self._workers)
+        ready = wait([worker.connection for worker in self._workers if worker.is_busy], 0 if broken else tick)
+        for worker in list(self._workers):
+            if worker.connection in ready and not worker.is_broken:
+                try:
+                    answer = worker.connection.recv()
+                except (EOFError, OSError):
+                    worker.is_broken = True
+                else:
+                    if isinstance(answer, EggrollError):
+                        raise answer
+                    if worker.task is not None:
+                        events.append(Done(worker.task, answer))
+                    worker.is_ready, worker.task, self._failed_starts = True, None, 0
+            if worker.is_broken:
+                events += self._replace(worker, "died")
+            elif worker.is_busy and worker.seconds_without_a_step() > self._step_timeout:
+                events += self._replace(worker, "stuck")
+        return events
+
+    def _replace(self, worker: "_Worker", reason: str) -> list[Lost]:
+        """End a worker, start another, and return the task that is lost with it."""
+        member = None if worker.task is None or worker.row < 0 else worker.task.first + worker.row
+        how, trace = worker.end(reason, self._step_timeout)
+        self._workers.remove(worker)
+        if worker.task is None:
+            self._failed_starts += 1
+            if self._failed_starts > RETRIES:
+                raise WorkerDiedError(f"a worker ended {self._failed_starts} times making its envs: {how}\n{trace}")
+        self._start()
+        return [] if worker.task is None else [Lost(worker.task, reason, how, member, trace)]
+
     def _start(self) -> None:
+        worker = _Worker(self._step_timeout)
+        self._workers.append(worker)
+        try:
+            worker.connection.send_bytes(self._setup)
+        except OSError:
+            worker.is_broken = True
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Worker:
+    """A process, the connection to it, and a file in which it says where it is, even if it is dead.
+
+    That file begins with two int64, which both map into memory: steps made, and the row whose env is being called, or
+    -1. The stack's trace comes after, written by ``faulthandler``. The file has no name, so nothing is left of it.
+    """
+
+    def __init__(self, send_timeout: float):
         ours, theirs = socket.socketpair()
+        if math.isfinite(send_timeout):
+            # A worker that was stopped in the middle of a message must not stop us too.
+            seconds = struct.pack("ll", int(send_timeout), int(send_timeout % 1 * 1e6) + 1)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+        self._log = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (close() closes it)
+        self._log.write(np.array([0, -1]).tobytes())
+        self._place = mmap.mmap(self._log.fileno(), _PLACE_BYTES)
         with theirs:
-            process = subprocess.Popen(
+            fds = [theirs.fileno(), self._log.fileno()]
+            self.process = subprocess.Popen(
                 # -P: the working directory is no place to import from, unless the caller does.
-                [sys.executable, "-P", "-c", f"from eggroll_rl.workers import serve; serve({theirs.fileno()})"],
+                [sys.executable, "-P", "-c", f"from eggroll_rl.workers import serve; serve({fds[0]}, {fds[1]})"],
                 # Held open and never written to: its end-of-file tells the worker that we are gone.
                 stdin=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
+                pass_fds=fds,
                 env={
                     **os.environ,
                     # One core per worker; torch's own setting does not reach NumPy's BLAS.
@@ -142,69 +269,69 @@ class ProcessEvaluator:
                 # Its own group: Ctrl-C in the terminal reaches us alone, and we end the workers.
                 process_group=0,
             )
-        self._processes.append(process)
-        self._connections.append(Connection(ours.detach()))
+        self.connection = Connection(ours.detach())
+        self.task: Task | None = None
+        self.is_ready = self.has_generation = self.is_broken = False
+        self._step, self._since = 0, time.monotonic() + _IMPORT_SECONDS
 
-    def evaluate(self, generation: Generation) -> list[Result]:
-        """Return one result per slice, in slice order."""
-        waiting = deque(generation.slices())
-        results: dict[int, Result] = {}
-        busy: set[Connection] = set()
-        pickled = pickle.dumps(generation)
-        for connection in self._connections:
-            self._send(connection, pickled)
-            if waiting:
-                self._send(connection, pickle.dumps(waiting.popleft()))
-                busy.add(connection)
-        while busy:
-            ready = wait(list(busy))
-            for connection in [c for c in self._connections if c in ready]:
-                result = self._receive(connection)
-                results[result.first] = result
-                if waiting:
-                    self._send(connection, pickle.dumps(waiting.popleft()))
-                else:
-                    busy.remove(connection)
-        return [results[first] for first in generation.slices()]
+    @property
+    def is_busy(self) -> bool:
+        """Whether an answer is due."""
+        return not self.is_ready or self.task is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a task can be sent."""
+        return not self.is_busy and not self.is_broken
+
+    @property
+    def row(self) -> int:
+        """The row of the slice whose env is being called, or -1."""
+        return struct.unpack("qq", self._place[:_PLACE_BYTES])[1]
+
+    def start_clock(self, task: Task) -> None:
+        """Take a task, and count the seconds from now."""
+        self.task, self._since = task, time.monotonic()
+
+    def seconds_without_a_step(self) -> float:
+        """Return the seconds since its envs were last seen to make a step."""
+        step, now = struct.unpack("qq", self._place[:_PLACE_BYTES])[0], time.monotonic()
+        if step != self._step:
+            self._step, self._since = step, max(now, self._since)
+        return now - self._since
+
+    def end(self, reason: str, timeout: float) -> tuple[str, str]:
+        """End the process, and return how it ended and the trace of its stack."""
+        if reason == "stuck":
+            how = f"its env made no step for {timeout:g} s"
+            self.process.send_signal(signal.SIGUSR1)
+            deadline = time.monotonic() + 1
+            while not self._trace() and time.monotonic() < deadline and self.process.poll() is None:
+                time.sleep(0.01)
+            self.process.kill()
+        else:
+            try:
+                code = self.process.wait(timeout=1)
+                how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            except subprocess.TimeoutExpired:
+                how = "its connection broke"
+                self.process.kill()
+        trace = self._trace()
+        self.close()
+        return f"the worker process ended ({how})" if reason == "died" else how, trace
+
+    def _trace(self) -> str:
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, _PLACE_BYTES).decode(errors="replace")
 
     def close(self) -> None:
-        """End the workers, whatever they are doing."""
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
-            if process.stdin:
-                process.stdin.close()
-        self._connections, self._processes = [], []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _send(self, connection: Connection, pickled: bytes) -> None:
-        try:
-            connection.send_bytes(pickled)
-        except OSError as error:
-            raise self._died(connection) from error
-
-    def _receive(self, connection: Connection) -> Any:
-        try:
-            answer = connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._died(connection) from error
-        if isinstance(answer, EggrollError):
-            raise answer
-        return answer
-
-    def _died(self, connection: Connection) -> WorkerDiedError:
-        worker_id = self._connections.index(connection)
-        code = self._processes[worker_id].wait(timeout=10)
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        return WorkerDiedError(f"worker {worker_id} ended in the middle of its work ({how}); nothing was updated")
+        """Release the process, which must be dead or dying, and its files."""
+        self.connection.close()
+        self.process.wait()
+        if self.process.stdin:
+            self.process.stdin.close()
+        self._place.close()
+        self._log.close()
 
 
 def registered_specs() -> list[bytes]:
@@ -219,11 +346,22 @@ def registered_specs() -> list[bytes]:
     return specs
 
 
-def serve(fd: int) -> None:
-    """Run a worker: evaluate slices until the parent closes the connection ``fd``."""
+def serve(fd: int, log: int) -> None:
+    """Run a worker: evaluate slices until the parent closes the connection ``fd``.
+
+    :param log: descriptor of the file in which :class:`_Worker` looks
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _end_with_parent()
+    os.lseek(log, 0, os.SEEK_END)
+    faulthandler.enable(log)  # what a segmentation fault hit
+    faulthandler.register(signal.SIGUSR1, log)  # where it is stuck
+    place = np.frombuffer(mmap.mmap(log, _PLACE_BYTES), dtype=np.int64)
     torch.set_num_threads(1)
+
+    def on_step() -> None:
+        place[0] += 1
+
     with Connection(fd) as connection:
         try:
             policy, factory, slice_size, specs = cloudpickle.loads(connection.recv_bytes())
@@ -231,6 +369,8 @@ def serve(fd: int) -> None:
                 registry.setdefault(spec.id, spec)
             with mujoco_warnings_silenced():
                 envs = factory.vector(slice_size)
+                if isinstance(envs, SerialVectorEnv):
+                    envs.running_row = place[1:]
                 connection.send("ready")
                 generation: Generation | None = None
                 while True:
@@ -240,7 +380,9 @@ def serve(fd: int) -> None:
                         load_generation(policy, generation)
                     else:
                         assert generation is not None
-                        connection.send(evaluate_slice(policy, generation, message, envs))
+                        place[1] = -1
+                        result = evaluate_slice(policy, generation, message.first, envs, message.left_out, on_step)
+                        connection.send(result)
         except EOFError:
             return
         except EggrollError as error:
@@ -249,6 +391,18 @@ def serve(fd: int) -> None:
             connection.send(EpisodeError(f"a worker failed: {error!r}\n{traceback.format_exc()}"))
 
 
-def _exit_with_parent() -> None:
+def _end_with_parent() -> None:
+    """End this process when the other end of stdin is closed, which happens when the parent is gone."""
+    threading.Thread(target=_wait_for_end, daemon=True).start()
+    if sys.platform == "linux":
+        import fcntl
+
+        # The thread has to wait for Python's lock, which an env may hold for ever; the kernel does not.
+        fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _wait_for_end() -> None:
     sys.stdin.buffer.read()
     os._exit(1)

@@ -273,7 +273,7 @@ def test_global_generators_and_thread_setting_stay(rng_state):
         ({"fitness_shaping": "rank"}, "fitness_shaping must be one of"),
         ({"optimizer": torch.optim.LBFGS, "weight_decay": 0.1}, "LBFGS has no weight decay"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates a loss itself"),
-        ({"weight_decay": -1.0}, "Adam refuses its settings: Invalid weight_decay"),
+        ({"weight_decay": -1.0}, "weight_decay must be a finite number of 0 or more, got -1.0"),
         ({"optimizer_kwargs": {"momentun": 1}}, "Adam refuses its settings.*momentun"),
     ],
 )

@@ -22,7 +22,7 @@ LAYERS = [
     ["normalization", "observations", "policies", "recurrent", "actor"],
     ["registration", "mujoco_contacts", "mujoco_vector", "mujoco_walkers", "mujoco_arms", "mujoco_tasks"],
     ["serial_vector", "box2d", "envs", "rollout", "segments"],
-    ["workers", "vec_env", "sb3_vec_env", "sb3_export"],
+    ["dispatch", "workers", "vec_env", "sb3_vec_env", "sb3_export"],
     ["critic", "surrogate", "scoring", "settings", "callbacks", "eggroll"],
     [
         "space_files",

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -42,6 +43,29 @@ def test_noise_does_not_depend_on_how_it_is_asked_for():
     for pair in range(10):
         assert torch.equal(standard_normal(noise, 2, pair, 1, 37)[0], whole[pair])
     assert torch.equal(standard_normal(noise, 2, 3, 4, 37), whole[3:7])
+
+
+def plain_noise(noise, parameter, first, n_directions, size):
+    """The noise by its definition, all at once: published runs depend on every bit of it."""
+    blocks = -(-size // 8)
+    key = np.random.SeedSequence(noise.seed).generate_state(2, np.uint64)
+    philox = np.random.Philox(counter=[first * blocks, parameter, noise.generation, 0], key=key)
+    bits = philox.random_raw(n_directions * blocks * 4).view(np.uint32).reshape(n_directions, 2, blocks * 4)
+    uniform = ((bits >> 8).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)
+    radius = np.sqrt(np.float32(-2) * np.log(uniform[:, 0]))
+    angle = np.float32(2 * math.pi) * uniform[:, 1]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :size]
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 2**16])
+def test_noise_is_that_of_its_definition_to_the_bit_however_much_is_drawn_at_once(at_once, monkeypatch):
+    monkeypatch.setattr("eggroll_rl.noise._DRAWN_AT_ONCE", at_once)
+    for size in (*range(1, 26), 128, 1000):
+        for first, n_directions in ((0, 1), (7, 13)):
+            drawn = standard_normal(make_noise(), 2, first, n_directions, size).numpy()
+            assert drawn.tobytes() == plain_noise(make_noise(), 2, first, n_directions, size).tobytes(), size
+    whole = standard_normal(make_noise(), 0, 0, 300, 1000).numpy()  # more than fits into a block
+    assert whole.tobytes() == plain_noise(make_noise(), 0, 0, 300, 1000).tobytes()
 
 
 def test_noise_differs_by_seed_generation_parameter_and_pair():

@@ -57,6 +57,15 @@ def transformer(norm_first=False):
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
+def decoder(**settings):
+    layer = nn.TransformerDecoderLayer(6, 2, 12, dropout=0.0, batch_first=True, **settings)
+    return nn.TransformerDecoder(layer, 2, norm=nn.LayerNorm(6))
+
+
+def encoder_and_decoder(**settings):
+    return nn.Transformer(6, 2, 2, 2, 12, dropout=0.0, batch_first=True, **settings)
+
+
 def numbers(*shape):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -64,8 +73,10 @@ def numbers(*shape):
 TOKENS = torch.randint(7, (3, 4), generator=torch.Generator().manual_seed(2))
 MASK = torch.ones(4, 4, dtype=torch.bool).triu(1)
 PADDING = torch.tensor([[False, False, False, True]] * 3)
+OTHER_PADDING = torch.tensor([[False, False, False, True, True], [False] * 5, [False] * 5])
 
-CASES = {
+# What makes the module, its inputs by position, and perhaps others by name.
+CASES: dict[str, tuple] = {
     "Linear, 3-D input": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Flatten(), nn.Linear(12, 2)), (numbers(2, 3, 5),)),
     "Linear alone": (lambda: nn.Linear(5, 4), (numbers(3, 5),)),
     "Linear without batch": (lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4)), (numbers(5),)),
@@ -105,6 +116,47 @@ CASES = {
     "Attention with added keys": (lambda: Attention(add_bias_kv=True), (numbers(4, 3, 6), numbers(5, 3, 6))),
     "Transformer": (transformer, (numbers(3, 4, 6),)),
     "Transformer in eval": (lambda: transformer(norm_first=True).eval(), (numbers(3, 4, 6), MASK, None, False)),
+    "Transformer, padded, by name": (
+        transformer,
+        (numbers(3, 4, 6),),
+        {"mask": MASK, "src_key_padding_mask": PADDING, "is_causal": True},
+    ),
+    "TransformerDecoderLayer": (
+        lambda: nn.TransformerDecoderLayer(6, 2, 12, dropout=0.0, batch_first=True),
+        (numbers(3, 4, 6), numbers(3, 5, 6)),
+    ),
+    "TransformerDecoderLayer, time first, in eval": (
+        lambda: nn.TransformerDecoderLayer(6, 2, 12, activation="gelu", norm_first=True, bias=False).eval(),
+        (numbers(4, 3, 6), numbers(5, 3, 6)),
+        {"memory_key_padding_mask": OTHER_PADDING},
+    ),
+    "TransformerDecoder": (decoder, (numbers(3, 4, 6), numbers(3, 5, 6), MASK)),
+    "TransformerDecoder without batch": (decoder, (numbers(4, 6), numbers(5, 6)), {"tgt_mask": MASK}),
+    "TransformerDecoder, padded, by name": (
+        lambda: decoder(norm_first=True).eval(),
+        (numbers(3, 4, 6),),
+        {
+            "memory": numbers(3, 5, 6),
+            "tgt_mask": MASK,
+            "memory_mask": torch.tensor([[False, False, True, False, True]] * 4),
+            "tgt_key_padding_mask": PADDING,
+            "memory_key_padding_mask": OTHER_PADDING,
+            "tgt_is_causal": True,
+        },
+    ),
+    "Transformer of both": (encoder_and_decoder, (numbers(3, 5, 6), numbers(3, 4, 6))),
+    "Transformer of both, padded, by name": (
+        encoder_and_decoder,
+        (),
+        {
+            "src": numbers(3, 5, 6),
+            "tgt": numbers(3, 4, 6),
+            "tgt_mask": MASK,
+            "src_key_padding_mask": OTHER_PADDING,
+            "memory_key_padding_mask": OTHER_PADDING,
+        },
+    ),
+    "Linear, by name": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh()), (), {"input": numbers(3, 5)}),
     "parameters of the user's own": (Scale, (numbers(3, 5),)),
     "tied": (TiedLanguageModel, (TOKENS,)),
 }
@@ -116,30 +168,35 @@ def make_noise(**changes):
 
 
 def build(case):
-    make, inputs = CASES[case]
+    make, inputs = CASES[case][:2]
     torch.manual_seed(0)
     return make().double(), inputs
+
+
+def by_name(case):
+    return dict(*CASES[case][2:])
 
 
 def leaves(tree):
     return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-def one(module, population, member, inputs):
+def one(module, population, member, inputs, keywords=None):
     with torch.no_grad():
-        return torch.func.functional_call(module, population.parameters_of(member), inputs)
+        return torch.func.functional_call(module, population.parameters_of(member), inputs, keywords)
 
 
-def check(module, population, inputs, own):
+def check(module, population, shared, own):
+    """Compare with one member after the other; ``shared`` and ``own`` are inputs by position and by name."""
     mapped = torch.utils._pytree.tree_map
-    together = leaves(population.forward(*inputs))
-    each = leaves(population.forward(*own, per_member=True))
+    together = leaves(population.forward(*shared[0], **shared[1]))
+    each = leaves(population.forward(*own[0], **own[1], per_member=True))
     for member in range(len(population)):
-        shared = leaves(one(module, population, member, inputs))
+        alike = leaves(one(module, population, member, *shared))
         mine = mapped(lambda x, m=member: x[m] if isinstance(x, torch.Tensor) else x, own)
-        alone = leaves(one(module, population, member, mine))
-        assert len(shared) == len(together) == len(each) > 0
-        for a, b in [*zip(together, shared, strict=True), *zip(each, alone, strict=True)]:
+        alone = leaves(one(module, population, member, *mine))
+        assert len(alike) == len(together) == len(each) > 0
+        for a, b in [*zip(together, alike, strict=True), *zip(each, alone, strict=True)]:
             assert torch.allclose(a[member], b, atol=1e-10, rtol=0)
 
 
@@ -158,7 +215,8 @@ def test_batched_forward_equals_explicit_members(case, rank):
             return torch.randint(7, (N, *x.shape), generator=generator)
         return torch.randn(N, *x.shape, dtype=x.dtype, generator=generator)
 
-    check(module, population, inputs, torch.utils._pytree.tree_map(of_each, inputs))
+    shared = (inputs, by_name(case))
+    check(module, population, shared, torch.utils._pytree.tree_map(of_each, shared))
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
@@ -275,6 +333,88 @@ def test_a_forward_that_depends_on_values_is_refused_with_what_can_be_done():
     with pytest.raises(UnsupportedModuleError, match=r"one at a time they can be: EvolutionStrategy\.step"):
         Population(module, make_noise()).forward(torch.zeros(2, 3))
     EvolutionStrategy(module, 4, seed=0).step(lambda m: m(torch.ones(2, 3)).sum().item())
+
+
+class Gated(nn.Module):
+    """Takes a mask by name, and branches on it as torch's decoder does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(5, 5), nn.LayerNorm(5)
+
+    def forward(self, x, *, mask=None, options=None):
+        if mask is not None and bool(mask.all()):
+            mask = None
+        y = self.norm(self.layer(x))
+        y = y if mask is None else y * mask
+        return y + options["shift"] if options else y
+
+
+def test_inputs_by_name_are_shared_or_of_each_member():
+    torch.manual_seed(0)
+    module = Gated().double()
+    population = Population(module, make_noise())
+    x, shift = numbers(N, 3, 5), numbers(N, 5)
+    mask = torch.tensor([True, False, True, True, False])
+    check(module, population, ((x[0],), {"mask": mask}), ((x,), {"options": {"shift": shift, "name": "any"}}))
+    # What all share is given as expanded, and forward may branch on it; on a mask of each member's own it may not.
+    check(module, population, ((x[0],), {}), ((x,), {"mask": mask.expand(N, 5)}))
+    with pytest.raises(UnsupportedModuleError, match=r"EvolutionStrategy\.step"):
+        population.forward(x, mask=mask.repeat(N, 1), per_member=True)
+
+
+@pytest.mark.parametrize("make", [Gated, lambda: nn.Sequential(nn.Linear(5, 5))], ids=["any module", "Linear layers"])
+def test_inputs_that_cannot_be_are_named(make):
+    population = Population(make(), make_noise())
+    x = torch.zeros(3, 5)
+    with pytest.raises(TypeError, match="'masks'"):
+        population.forward(x, masks=x)
+    with pytest.raises(TypeError, match="argument"):
+        population.forward()
+    with pytest.raises(ValueError, match=r"input 0 must .* expected 6, got 3 of shape \(3, 5\); .* x\.expand\(6,"):
+        population.forward(x, per_member=True)
+    with pytest.raises(ValueError, match="input 'mask' must .* expected 6, got a number"):
+        population.forward(x.expand(N, 3, 5), mask={"deep": torch.tensor(1.0)}, per_member=True)
+
+
+class Packs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.gru = nn.Linear(5, 4), nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(self.layer(x), lengths, batch_first=True)
+        return self.gru(packed)[1]
+
+
+def test_packed_sequences_are_refused_with_what_can_be_done():
+    torch.manual_seed(0)
+    x, lengths = torch.randn(2, 4, 5), torch.tensor([4, 2])
+    advice = r"PackedSequence, which .* padded .* EvolutionStrategy\.step\(fitness_fn\)"
+    with pytest.raises(UnsupportedModuleError, match=f"GRU is given a {advice}"):
+        Population(Packs(), make_noise()).forward(x, lengths)
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+    for module in (nn.GRU(5, 3), nn.Sequential(nn.Linear(5, 3))):
+        with pytest.raises(UnsupportedModuleError, match=f"input 0 is a {advice}"):
+            Population(module, make_noise()).forward(packed)
+    # What the errors advise works: the padding after a sequence's end does not reach the outputs before it.
+    gru = nn.GRU(5, 3, batch_first=True)
+    population = Population(gru, make_noise())
+    outputs, _ = population.forward(x)
+    for member in range(N):
+        alone = nn.utils.rnn.pad_packed_sequence(one(gru, population, member, (packed,))[0], batch_first=True)[0]
+        assert torch.allclose(outputs[member, 0], alone[0], atol=1e-6)
+        assert torch.allclose(outputs[member, 1, :2], alone[1, :2], atol=1e-6)
+    EvolutionStrategy(Packs(), 4, seed=0).step(lambda module: module(x, lengths).sum().item())
+
+
+def test_an_attention_that_is_causal_without_a_mask_is_refused_as_by_torch():
+    module, x = Attention(batch_first=True), torch.randn(3, 4, 6)
+    attention = Population(module.attention, make_noise())
+    attention.forward(x, x, x)  # not the first time, when members are compared with the module
+    for forward in (module.attention, attention.forward):
+        with pytest.raises(RuntimeError, match=r"(Need|needs) attn_mask"):
+            forward(x, x, x, is_causal=True)
 
 
 def test_errors_of_the_users_own_are_left_alone():

@@ -32,6 +32,7 @@ def trained(n_workers, env=toy.make_target, seed=0, steps=1500, **settings):
     return model.learn(steps, log_interval=None)
 
 
+@pytest.mark.promise("R11")
 def test_the_result_is_the_same_to_the_bit_for_any_number_of_workers():
     digests = {n: digest(trained(n)) for n in (0, 1, 2, 3)}
     assert len(set(digests.values())) == 1
@@ -39,12 +40,14 @@ def test_the_result_is_the_same_to_the_bit_for_any_number_of_workers():
     assert digest(trained(0, seed=1)) != digests[0]
 
 
+@pytest.mark.promise("R11")
 def test_half_cheetah_too():
     settings = {"max_episode_steps": 60, "steps": 2000, "population_size": 16, "slice_size": 8}
     digests = {digest(trained(n, "HalfCheetah-v5", **settings)) for n in (0, 2)}
     assert len(digests) == 1
 
 
+@pytest.mark.promise("R11")
 def test_envs_that_draw_from_global_generators_too():
     assert digest(trained(0, toy.make_sloppy)) == digest(trained(2, toy.make_sloppy))
 
@@ -82,11 +85,13 @@ def test_an_env_that_cannot_be_made_in_a_worker_comes_home():
         trained(2, only_once)
 
 
+@pytest.mark.promise("R2")
 def test_a_killed_worker_is_named_by_its_signal():
-    with pytest.raises(WorkerDiedError, match="SIGKILL"):
+    with pytest.raises(WorkerDiedError, match=r"generation 0, member \d+: the worker process ended \(signal SIGKILL\)"):
         trained(2, toy.make_fault("kill"))
 
 
+@pytest.mark.promise("R26")
 def test_an_env_function_that_cannot_be_sent_says_so():
     lock = __import__("threading").Lock()
 
@@ -133,6 +138,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.promise("R26")
 def test_a_script_needs_no_main_guard_and_runs_once(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
@@ -141,6 +147,7 @@ def test_a_script_needs_no_main_guard_and_runs_once(tmp_path):
     assert done.stdout.split("\n")[:2] == ["script starts", "script ends"]
 
 
+@pytest.mark.promise("R7")
 def test_workers_leave_when_their_parent_is_killed(tmp_path):
     code = "import toy, test_workers; test_workers.trained(2, steps=10**9)"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
@@ -153,4 +160,4 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path):
         parent.kill()
         parent.wait()
     _, alive = psutil.wait_procs(workers, timeout=10)
-    assert not alive
+    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]  # whom nobody has reaped yet
