@@ -321,3 +321,11 @@ def test_a_signal_saves_says_how_to_go_on_and_leaves_no_process(signum, status, 
     assert not psutil.wait_procs(workers, timeout=5)[1]
     _, saved, about, _ = newest_checkpoint(tmp_path / "run")
     assert about["generation"] >= 1 and saved
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_checkpoints_are_kept(keep, tmp_path):
+    train(config(keep_checkpoints=keep, checkpoint_every=1, total_timesteps=800), tmp_path / "run", progress_bar=False)
+    generations = len(curve(tmp_path / "run"))
+    kept = [int(path.stem.removeprefix("generation-")) for path in list_checkpoints(tmp_path / "run")]
+    assert generations > 3 and kept == list(range(generations, generations - keep, -1))
