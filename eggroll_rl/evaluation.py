@@ -211,8 +211,8 @@ def _load_sb3(
     algorithm = find_algorithm(algo)
     if not trust_pickle:
         raise ConsentError(
-            f"{path} is an SB3 model: loading it unpickles it, which can run any code its author put in; "
-            "if you trust it, add --trust-pickle"
+            f"{path} is an SB3 model: loading unpickles it and its statistics, which can run any code of its author's; "
+            "if you trust them, add --trust-pickle (or trust_pickle=True)"
         )
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 

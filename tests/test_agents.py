@@ -107,6 +107,7 @@ def unknown_policy(path):
     agents.save_tensors(path, "policy", tensors, {**about, "policy": "os.system"})
 
 
+@pytest.mark.promise("R15")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -131,6 +132,7 @@ def test_anything_else_is_refused_in_one_sentence(make, message, tmp_path):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.promise("R13")
 def test_loading_runs_no_code(tmp_path):
     path = tmp_path / "policy.safetensors"
     save(path)
@@ -143,6 +145,7 @@ def test_loading_runs_no_code(tmp_path):
     assert events == []
 
 
+@pytest.mark.promise("R9")
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
     files.write_atomic(path, b"old")
@@ -178,6 +181,7 @@ def test_evaluations_have_sb3s_keys(tmp_path):
         agents.read_evaluations(path)
 
 
+@pytest.mark.promise("R29")
 def test_a_folder_is_one_processs_own_until_that_ends(tmp_path):
     folder = tmp_path / "run"
     code = f"""

@@ -62,6 +62,7 @@ def ppo(tmp_path_factory):
     return model, env, folder
 
 
+@pytest.mark.promise("R13")
 def test_an_sb3_model_needs_consent_and_its_names(ppo):
     path = ppo[2] / "model.zip"
     with pytest.raises(ConfigError, match="--env and --algo"):

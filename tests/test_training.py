@@ -110,6 +110,7 @@ def test_the_same_configuration_gives_the_same_run(finished, tmp_path):
     assert_same_run(finished, tmp_path / "again")
 
 
+@pytest.mark.promise("R10")
 def test_a_resumed_run_is_the_uninterrupted_one_at_every_generation(finished, tmp_path, monkeypatch):
     generations = len(curve(finished))
     assert generations >= 6
@@ -133,6 +134,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_at_every_generation(finished, tm
         assert_same_run(finished, folder)
 
 
+@pytest.mark.promise("R10")
 def test_a_run_that_dies_resumes_from_its_last_checkpoint(finished, tmp_path, monkeypatch):
     """Without a word at the end, as with SIGKILL: the curves are cut back to the checkpoint."""
     folder = tmp_path / "run"
@@ -161,6 +163,7 @@ def test_overwriting_a_run_removes_its_files_and_nothing_else(finished, tmp_path
     assert len(agents.read_evaluations(tmp_path / "copy" / "evaluations.npz")) == 1
 
 
+@pytest.mark.promise("R10")
 def test_a_run_can_be_resumed_before_its_first_generation(finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
 
@@ -218,6 +221,7 @@ def test_an_existing_folder_is_refused_unless_the_user_says_what_to_do(finished,
         train(config(), Path("/proc/none/run"))
 
 
+@pytest.mark.promise("R29")
 def test_a_run_in_progress_is_left_alone(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     before = contents(tmp_path / "run")
@@ -296,6 +300,7 @@ def test_best_is_what_evaluation_liked_best(finished):
     assert about["timesteps"] == evaluations[int(np.argmax(means))]["timesteps"]
 
 
+@pytest.mark.promise("R6")
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_says_how_to_go_on_and_leaves_no_process(signum, status, tmp_path):
     import psutil
@@ -316,3 +321,11 @@ def test_a_signal_saves_says_how_to_go_on_and_leaves_no_process(signum, status, 
     assert not psutil.wait_procs(workers, timeout=5)[1]
     _, saved, about, _ = newest_checkpoint(tmp_path / "run")
     assert about["generation"] >= 1 and saved
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_checkpoints_are_kept(keep, tmp_path):
+    train(config(keep_checkpoints=keep, checkpoint_every=1, total_timesteps=800), tmp_path / "run", progress_bar=False)
+    generations = len(curve(tmp_path / "run"))
+    kept = [int(path.stem.removeprefix("generation-")) for path in list_checkpoints(tmp_path / "run")]
+    assert generations > 3 and kept == list(range(generations, generations - keep, -1))

@@ -200,6 +200,7 @@ DESCRIPTIONS = {
 
 
 @pytest.mark.promise("R14")
+@pytest.mark.reliability
 def test_descriptions_of_policies(good_run, tmp_path, cells):
     for name, changes in DESCRIPTIONS.items():
         folder = tmp_path / "run"
@@ -212,6 +213,7 @@ def test_descriptions_of_policies(good_run, tmp_path, cells):
 
 
 @pytest.mark.promise("R14")
+@pytest.mark.reliability
 def test_the_limits_are_felt_where_nothing_is_looked_at(tmp_path, cells):
     """What a loader without bounds does with the same files, under the same limits."""
     space = spaces.Box(0, 1, (3,))
@@ -318,6 +320,7 @@ TOMLS = {
 
 
 @pytest.mark.promise("R14")
+@pytest.mark.reliability
 def test_settings(tmp_path, cells, good_run):
     path = tmp_path / "config.toml"
     for name, text in TOMLS.items():
@@ -346,6 +349,7 @@ def resume(folder):
 
 
 @pytest.mark.promise("R14")
+@pytest.mark.reliability
 def test_a_strangers_run_is_not_resumed_with_a_larger_network(good_run, tmp_path, cells):
     for name, kwargs in {
         "a layer of 10**9": {"net_arch": [10**9]},
@@ -364,8 +368,8 @@ def test_a_strangers_run_is_not_resumed_with_a_larger_network(good_run, tmp_path
             assert status == REFUSED and "larger network" in said, said
     with cells.cell("a new run of a layer of 10**9 ends in one line"):
         config = tiny(eggroll={"policy_kwargs": {"net_arch": [10**9]}})
-        status, said = outcome(lambda: train(config, tmp_path / "new", progress_bar=False))
-        assert status == REFUSED and "cannot be made" in said, said
+        status, said = outcome(train, config, tmp_path / "new")
+        assert status == REFUSED and "memory" in said, said
 
 
 @pytest.mark.promise("R14")
@@ -397,6 +401,7 @@ def test_curves_and_results(tmp_path, cells):
 
 
 @pytest.mark.promise("R14")
+@pytest.mark.reliability
 def test_what_is_allowed_is_read(good_run, tmp_path, cells):
     """The other side of the bounds: nothing of ours is refused."""
     torch.manual_seed(0)

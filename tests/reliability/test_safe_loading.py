@@ -12,12 +12,14 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import cloudpickle
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from stable_baselines3 import PPO
 from tiny_runs import run_and_read, tiny
@@ -26,7 +28,6 @@ import eggroll_rl
 from eggroll_rl import agents
 from eggroll_rl.checkpoints import newest_checkpoint
 from eggroll_rl.compare_report import Run
-from eggroll_rl.config import RunConfig
 from eggroll_rl.envs import load_preset
 from eggroll_rl.errors import ConsentError, EggrollError
 from eggroll_rl.evaluation import load_agent
@@ -158,7 +159,10 @@ def read_all(folder, sentinel):
 
 
 @pytest.mark.promise("R13")
-@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize(
+    "payload",
+    [name if name == "pickle" else pytest.param(name, marks=pytest.mark.reliability) for name in PAYLOADS],
+)
 def test_a_payload_in_any_file(payload, good_run, tmp_path, cells):
     sentinel = tmp_path / "sentinel"
     content = PAYLOADS[payload](sentinel)
@@ -211,7 +215,7 @@ def test_an_sb3_model_asks_first(good_run, tmp_path, cells):
     for path, given in ((tmp_path / "model.zip", {"env_id": "CartPole-v1"}), (folder, {})):
         for more in ({}, {"vec_normalize": tmp_path / "vecnormalize.pkl"}):
             with cells.cell(f"{path.name} {list(more)}"):
-                with pytest.raises(ConsentError, match="unpickles it, which can run any code"):
+                with pytest.raises(ConsentError, match="unpickles it and its statistics, which can run any code"):
                     load_agent(path, algo="ppo", **given, **more)
                 assert not sentinel.exists()
 
@@ -242,13 +246,11 @@ def about_policy(**changes):
 
 def in_config(**changes):
     def change(folder):
-        config = load_run_config(folder)
-        eggroll = {**config.eggroll, **changes.pop("eggroll", {})}
-        eggroll["policy_kwargs"] = {**eggroll["policy_kwargs"], **changes.pop("policy_kwargs", {})}
-        text = config.to_toml()
-        config = RunConfig(**{**vars(config), "eggroll": eggroll, **changes})
-        (folder / "config.toml").write_text(config.to_toml())
-        assert text != config.to_toml()
+        path = folder / "config.toml"
+        table = tomllib.loads(path.read_text())
+        table["eggroll"] |= changes.pop("eggroll", {})
+        table["eggroll"]["policy_kwargs"] |= changes.pop("policy_kwargs", {})
+        path.write_text(tomli_w.dumps({**table, **changes}))
 
     return change
 
@@ -296,6 +298,7 @@ NAMES = {
 
 
 @pytest.mark.promise("R13")
+@pytest.mark.reliability
 def test_names_of_code(good_run, evil_module, tmp_path, cells, monkeypatch):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -323,6 +326,7 @@ def test_the_names_do_fire_with_consent(name, good_run, evil_module, tmp_path, c
 
 
 @pytest.mark.promise("R13")
+@pytest.mark.reliability
 def test_links_lead_nowhere(good_run, tmp_path, cells):
     """A folder of links: nothing behind them is written or removed, and devices are not read."""
     mine = tmp_path / "mine"
@@ -407,6 +411,7 @@ print(events)
 
 
 @pytest.mark.promise("R13")
+@pytest.mark.reliability
 def test_what_the_interpreter_does_while_it_loads(good_run, tmp_path, cells):
     """No code is compiled, executed or imported, no process or connection started, no file opened to be written."""
 
@@ -431,6 +436,7 @@ _MODULES = {"subprocess", "runpy", "ctypes", "pickle", "cloudpickle", "marshal",
 ALLOWED = {
     ("workers", "cloudpickle.loads"): "from its own parent, over a pair of sockets",
     ("workers", "connection.recv"): "from its own parent, over a pair of sockets",
+    ("workers", "worker.connection.recv"): "from a worker that this process started",
     ("workers", "subprocess.Popen"): "a worker, by a fixed line",
     ("signals", "subprocess.Popen"): "a run of a comparison, by a fixed line",
     ("config", "importlib.import_module"): "packages that the user names",
@@ -476,6 +482,7 @@ def test_no_other_call_in_the_package_can_run_what_it_reads(cells, tmp_path):
 
 
 @pytest.mark.promise("R13")
+@pytest.mark.reliability
 def test_the_command_line_on_a_strangers_folder(good_run, evil_module, tmp_path, cells):
     """Each command that takes a folder, on one whose env names a module."""
     from tiny_runs import command_line

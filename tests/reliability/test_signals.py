@@ -150,6 +150,7 @@ def test_before_anything_was_saved(signum, long_run, tmp_path, cells, monkeypatc
 
 
 @pytest.mark.promise("R6")
+@pytest.mark.reliability
 @pytest.mark.parametrize("signum", STATUS)
 def test_while_the_final_policy_is_evaluated(signum, long_run, tmp_path, cells, monkeypatch):
     """Everything is saved by then: a resume evaluates again."""
@@ -196,33 +197,32 @@ def test_the_second_signal_ends_at_once(signum, long_run, tmp_path, cells, monke
 
 
 @pytest.mark.promise("R6")
+@pytest.mark.parametrize("n_workers", [0, pytest.param(1, marks=pytest.mark.reliability)])
 @pytest.mark.parametrize("signum", STATUS)
-def test_in_a_process_that_goes_on(signum, tmp_path, cells):
+def test_in_a_process_that_goes_on(signum, n_workers, tmp_path, cells):
     """As in a notebook: handlers are put back, and no descriptor, process or thread stays."""
     process, threads = psutil.Process(), threading.active_count()
     mine = {number: signal.signal(number, lambda *args: None) for number in STATUS}
     before = {number: signal.getsignal(number) for number in STATUS}
     try:
-        for n_workers in (0, 1) if signum == signal.SIGTERM else (0,):
-            n_descriptors = process.num_fds()
-            folder = tmp_path / f"run{n_workers}"
+        n_descriptors = process.num_fds()
 
-            def strike(folder=folder):
-                started(folder)
-                time.sleep(0.1)
-                os.kill(os.getpid(), signum)
+        def strike():
+            started(tmp_path / "run")
+            time.sleep(0.1 if n_workers == 0 else 5.0)
+            os.kill(os.getpid(), signum)
 
-            thread = threading.Thread(target=strike)
-            thread.start()
-            with cells.cell(f"{signum.name}, {n_workers} workers"):
-                with pytest.raises(Interrupted) as caught:
-                    train(tiny(steps=10**9, n_workers=n_workers), folder, progress_bar=False)
-                thread.join()
-                assert caught.value.signum == signum
-                assert {number: signal.getsignal(number) for number in STATUS} == before
-                assert process.num_fds() == n_descriptors and threading.active_count() == threads
-                assert not process.children(recursive=True)
-                assert newest_checkpoint(folder)[2]["generation"] >= 0
+        thread = threading.Thread(target=strike)
+        thread.start()
+        with cells.cell(f"{signum.name}, {n_workers} workers"):
+            with pytest.raises(Interrupted) as caught:
+                train(tiny(steps=10**9, n_workers=n_workers), tmp_path / "run", progress_bar=False)
+            thread.join()
+            assert caught.value.signum == signum
+            assert {number: signal.getsignal(number) for number in STATUS} == before
+            assert process.num_fds() == n_descriptors and threading.active_count() == threads
+            assert not process.children(recursive=True)
+            assert newest_checkpoint(tmp_path / "run")[2]["generation"] >= 0
     finally:
         for number, handler in mine.items():
             signal.signal(number, handler)
