@@ -281,7 +281,7 @@ def test_evaluation_needs_a_limit_that_is_not_only_for_training(tmp_path):
 
 
 def test_an_env_whose_reset_raises_is_named(tmp_path):
-    with pytest.raises(ValueError, match="broken reset"):
+    with pytest.raises(EpisodeError, match=r"reset\(\) failed.*broken reset"):
         train(config(env_id="Fault-v0", env_kwargs={"fault": "reset"}), tmp_path / "run")
 
 
