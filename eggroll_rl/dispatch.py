@@ -44,7 +44,7 @@ class Done:
 class Lost:
     """No answer will come: the worker is gone.
 
-    :param reason: ``"died"`` or ``"stuck"``
+    :param reason: ``"died"``, ``"stuck"``, or ``"unsent"``: it was gone before it got the task
     :param how: what is known about it, for the user: its signal, or how long it was stuck
     :param member: whose env was being called; None if nobody knows
     :param trace: of the worker's stack, or nothing
@@ -101,10 +101,11 @@ def dispatch(generation: Generation, crew: Crew, retries: int = RETRIES) -> list
             if isinstance(event, Done):
                 failures = (*task.left_out.values(), *event.result.failures)
                 results[task.first] = replace(event.result, failures=failures)
+            elif event.reason == "unsent":
+                waiting.appendleft(task)
             else:
                 losses[task.first].append(event)
-                again = _after(losses[task.first], generation, retries)
-                waiting.appendleft(again)
+                waiting.appendleft(_after(losses[task.first], generation, retries))
     return [results[first] for first in slices]
 
 

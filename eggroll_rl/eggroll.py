@@ -104,13 +104,15 @@ class EGGROLL(BaseAlgorithm):
     :param max_grad_norm: clip the gradient's global norm
     :param on_bad_member: what to do about a member whose env raises, gives a NaN or infinite reward or observation, or
         diverges, or ends its process again and again: ``"raise"``, or rank it ``"worst"``, just below all others, and
-        leave its observations out. In segments the simulation's episode ends there. ``bad_members`` counts them
+        leave its observations out. In segments the simulation's episode is cut short there, and what ends a process
+        is always an error. ``bad_members`` counts them
     :param max_bad_fraction: share of a generation's members, or simulations, that may be bad with ``"worst"``
     :param slice_size: members, or simulations of segments, run together (even). Part of the result, because floating
         point rounds differently for another batch: never derived from the machine. None is 32, or 16 for segments
     :param n_workers: worker processes; 0 runs in this process, None takes all cores
-    :param step_timeout: seconds that one step of a slice may take in a worker process, or a reset, or making the envs;
-        one that is stuck for longer is replaced, and its slice done again. ``math.inf`` waits for ever
+    :param step_timeout: seconds that one call of an env may take in a worker process (of Gymnasium's MuJoCo tasks, a
+        step of a slice); one that is stuck for longer is replaced, and its slice done again. ``math.inf`` waits for
+        ever
     :param env_kwargs: for the constructor of an env given by id
     :param policy_kwargs: see :class:`eggroll_rl.policies.MlpPolicy`
     :param stats_window_size: episodes in the logged means
@@ -489,7 +491,7 @@ class EGGROLL(BaseAlgorithm):
         self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         callback.on_rollout_start()
         results = evaluator.evaluate(self.next_generation())
-        self._count_failures(results)
+        self._check_failures(results)
         if not self._count_steps(results, callback):
             return False
         callback.on_rollout_end()
@@ -503,6 +505,8 @@ class EGGROLL(BaseAlgorithm):
             # After the update: one generation sees one normalizer.
             self.policy.normalizer.combine(Moments.concatenate([result.moments for result in results]))
         self._n_updates += 1
+        reasons = Counter(failure.reason for result in results for failure in result.failures)
+        self.bad_members = dict(Counter(self.bad_members) + reasons)
         self.last_generation.update(metrics)
         for name, value in metrics.items():
             section = "rollout" if name.startswith("fitness") else "train"
@@ -542,8 +546,8 @@ class EGGROLL(BaseAlgorithm):
         with closing(self._factory.vector(self.slice_size)) as envs, one_thread(), mujoco_warnings_silenced():
             return evaluate_slice(policy, generation, first, envs, others)
 
-    def _count_failures(self, results: list[Any]) -> None:
-        """Count and log the bad members of a generation, and refuse too many."""
+    def _check_failures(self, results: list[Any]) -> None:
+        """Log the bad members of a generation, and refuse too many."""
         failures = [failure for result in results for failure in result.failures]
         reasons = Counter(failure.reason for failure in failures)
         if self.on_bad_member == "worst":
@@ -558,7 +562,6 @@ class EGGROLL(BaseAlgorithm):
                 f"{bad}, more than max_bad_fraction {self.max_bad_fraction} allows; the first: {failures[0].text}"
             )
         logging.getLogger("eggroll_rl").warning("%s, ranked worst; the first: %s", bad, failures[0].text)
-        self.bad_members = dict(Counter(self.bad_members) + reasons)
 
     def _improvement(self) -> Improvement:
         target_kl, clip_range = (f(self._progress_remaining()) for f in (self.target_kl, self.clip_range))

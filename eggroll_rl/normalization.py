@@ -47,16 +47,19 @@ class Moments:
         count_N = active_TN.sum(0, dtype=np.float64)
         if not count_N.any():
             return
+        mask_TN1, whole = active_TN[:, :, None], bool(active_TN.all())
+        if not whole:
+            x_TNI = np.where(mask_TN1, x_TNI, 0.0)  # the others may hold anything
         first_NI = x_TNI[active_TN.argmax(0), np.arange(len(count_N))]
         distance_TNI = np.subtract(x_TNI, first_NI, dtype=np.float64)
-        if not active_TN.all():
-            distance_TNI = np.where(active_TN[:, :, None], distance_TNI, 0.0)
+        if not whole:
+            distance_TNI *= mask_TN1
         offset_NI = distance_TNI.sum(0) / np.maximum(count_N, 1)[:, None]
         distance_TNI -= offset_NI
-        if not active_TN.all():
-            distance_TNI *= active_TN[:, :, None]
+        if not whole:
+            distance_TNI *= mask_TN1
         total_N1 = np.maximum(self.count + count_N, 1)[:, None]
-        delta_NI = (first_NI + offset_NI - self.mean) * (count_N > 0)[:, None]
+        delta_NI = np.where(count_N[:, None] > 0, first_NI + offset_NI - self.mean, 0.0)
         self.mean[:] += delta_NI * (count_N[:, None] / total_N1)
         self.m2[:] += np.square(distance_TNI).sum(0) + np.square(delta_NI) * (
             (self.count * count_N)[:, None] / total_N1

@@ -222,6 +222,7 @@ class SegmentScorer:
             n, d = n + mask_TN.shape[1], d + len(result.final_features)
         next_TN[_joined(results, "terminated")] = 0.0
         rewards_TN = _joined(results, "rewards") + alive_bonus_offset
+        rewards_TN[np.isnan(rewards_TN)] = 0.0  # where a simulation failed
         ended_TN = _ended(results)
         found_TN = advantages(rewards_TN, values_TN[:-1], next_TN, ended_TN, self.gamma, self.gae_lambda)
         return found_TN, found_TN + values_TN[:-1]

@@ -11,6 +11,7 @@ Shapes: T steps, N simulations of the slice, padding included, I inputs, O outpu
 import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class SegmentResult:
 
     :param features: (T + 1, N, I) the network's inputs, float32; the last are where the segment ended
     :param outputs: (T, N, O) the network's outputs with the noise, float32
-    :param rewards: (T, N)
+    :param rewards: (T, N); NaN where a simulation failed
     :param terminated: (T, N) the task ended the episode at this step
     :param truncated: (T, N) the time limit did
     :param successes: (T, N) 1 or 0 where the info at the end of an episode says ``is_success``, else NaN
@@ -58,8 +59,8 @@ class SegmentResult:
     :param states: (N, S) at the end; S is 0 where states cannot be copied
     :param ages: (N,) env steps of the running episode
     :param moments: of the observations that were acted on
-    :param failures: of simulations. In the step that failed the episode ends, as if the task had ended it, with reward
-        0; it counts for nothing else, and the next begins
+    :param failures: of simulations. Where one failed its episode is cut short, as by a time limit, at the observation
+        before, and the next begins; the reward of that step is NaN
     """
 
     first: int
@@ -124,13 +125,18 @@ class _Resets:
 
         :raises EpisodeError: a reset fails, and no failures are allowed or it is the third in a row
         """
-        for _ in range(_RESET_TRIES):
+        for n_tries in count(1):
             encoded = self._actor.encode(obs)
             failed_N = self._faults.found(np.zeros(len(encoded)), encoded, self._real_N, infos)
             if failed_N is None:
                 return encoded
+            if n_tries == _RESET_TRIES:
+                break
             obs, infos = self(failed_N)
-        raise EpisodeError(self._faults.failures[-1].text)
+        failure = self._faults.failures[-1]
+        error = EpisodeError(failure.text)
+        error.member = failure.member
+        raise error
 
 
 @torch.no_grad()
@@ -194,7 +200,8 @@ def segment_rollout(
             encoded = actor.encode(obs)
             failed_N = faults.found(rewards_TN[t], encoded, real_N, infos)
             if failed_N is not None:
-                rewards_TN[t, failed_N], terminated_TN[t, failed_N] = 0.0, True
+                rewards_TN[t, failed_N], truncated_TN[t, failed_N] = math.nan, True
+                terminated_TN[t, failed_N] = False
                 encoded = np.where(failed_N[:, None], obs_TNI[t], encoded)
             ended_N = terminated_TN[t] | truncated_TN[t]
             if ended_N.any():

@@ -295,6 +295,7 @@ class RunRecorder(GenerationCallback):
             **self._about(),
             "training_seconds": self.training_seconds,
             "optimizer_numbers": numbers,
+            "bad_members": model.bad_members,
             "last_episodes": {name: last[name] for name in _LAST_EPISODES if math.isfinite(last[name])},
             "settings": tomli_w.dumps(self.config.of_the_result()),
         }
@@ -357,6 +358,7 @@ class RunRecorder(GenerationCallback):
                 model.scorer.load_state_dict(scorer)
             es.load_state_dict({"seed": es.seed, "generation": about["generation"], "optimizer": optimizer})
             model.last_generation.update(about.get("last_episodes", {}))
+            model.bad_members = {str(reason): int(count) for reason, count in about.get("bad_members", {}).items()}
             model._n_updates, model.num_timesteps = about["generation"], about["timesteps"]
             self.seconds_before = about["training_seconds"]
         except Exception as error:  # of whatever a stranger wrote there
@@ -419,7 +421,8 @@ def replay(folder: Path, member: int, gym_packages: tuple[str, ...] = ()) -> tup
     factory = config.factory(gym_packages)
     model = _model(config, factory, folder)
     config.resolve(model)
-    generation, _ = RunRecorder(config, folder, factory).restore_model(model)
+    generation, timesteps = RunRecorder(config, folder, factory).restore_model(model)
+    model._update_current_progress_remaining(timesteps, config.total_timesteps)  # which sigma may go by
     result = model.replay_member(member)
     row = member - result.first
     if isinstance(result, RolloutResult):

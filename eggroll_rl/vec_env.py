@@ -59,20 +59,8 @@ class VecEnvEvaluator:
         episode_N = np.where(np.arange(n_envs) < n_members, 0, n_episodes)
         steps = 0
         padding = ((offset, rows - offset - n_envs), (0, 0))
-        obs: Any = self._env.reset()
-        encoded = actor.encode(obs)
-        while (episode_N < n_episodes).any():
-            active_N = episode_N < n_episodes
-            # Rows beyond the envs repeat real observations: a policy may rely on what it is given.
-            moments.add(encoded[None, :, :n_measured], active_N[None])
-            actions = actor.act(np.pad(encoded, padding, mode="edge"))
-            obs, rewards, dones, _ = self._env.step(actions[offset : offset + n_envs])
-            encoded = actor.encode(obs)
-            actor.restart(np.pad(dones.astype(bool), padding[0]))
-            steps += n_envs
-            active = np.flatnonzero(active_N)
-            returns_NE[active, episode_N[active]] += rewards[active]
-            lengths_NE[active, episode_N[active]] += 1
+
+        def without_failures(active: np.ndarray, encoded: np.ndarray, rewards: np.ndarray) -> np.ndarray:
             for what, values in (("reward", rewards), ("observation", encoded)):
                 for row in active[~finite_rows(values[active])].tolist():
                     text = (
@@ -82,11 +70,28 @@ class VecEnvEvaluator:
                     if not generation.max_failures:
                         raise EpisodeError(text)
                     failures.setdefault(row, Failure(first + row, what, text))
-            episode_N += active_N & dones
-            if failures:
-                episode_N[list(failures)] = n_episodes
-                encoded = encoded.copy()
-                encoded[list(failures)] = 0.0  # the env goes on in these rows, to no purpose
+            if not failures:
+                return encoded
+            episode_N[list(failures)] = n_episodes
+            encoded = encoded.copy()
+            encoded[list(failures)] = 0.0  # the env goes on in these rows, to no purpose
+            return encoded
+
+        obs: Any = self._env.reset()
+        encoded = without_failures(np.arange(n_members), actor.encode(obs), np.zeros(n_envs))
+        while (episode_N < n_episodes).any():
+            active_N = episode_N < n_episodes
+            # Rows beyond the envs repeat real observations: a policy may rely on what it is given.
+            moments.add(encoded[None, :, :n_measured], active_N[None])
+            actions = actor.act(np.pad(encoded, padding, mode="edge"))
+            obs, rewards, dones, _ = self._env.step(actions[offset : offset + n_envs])
+            actor.restart(np.pad(dones.astype(bool), padding[0]))
+            steps += n_envs
+            active = np.flatnonzero(active_N)
+            returns_NE[active, episode_N[active]] += rewards[active]
+            lengths_NE[active, episode_N[active]] += 1
+            encoded = without_failures(active, actor.encode(obs), rewards)
+            episode_N += active_N & dones & (episode_N < n_episodes)
         bad = list(failures)
         returns_NE[bad] = np.nan
         moments.count[bad], moments.mean[bad], moments.m2[bad] = 0.0, 0.0, 0.0

@@ -29,6 +29,7 @@ ARGUMENTS = {
     ("train",): ["Pendulum-v1"], ("compare",): ["Pendulum-v1", "--algos", "eggroll"], ("tune",): ["Pendulum-v1"],
     ("evaluate",): ["."], ("record",): ["."], ("enjoy",): ["."], ("export",): [".", "-o", "x.onnx"],
     ("bench", "throughput"): [], ("bench", "forward"): [], ("bench", "generation"): [], ("list",): [],
+    ("replay",): ["run", "--member", "0"],
 }  # fmt: skip
 MODEL_COMMANDS = ("evaluate", "record", "enjoy", "export")
 # Options that take any text, and what is wrong for them.
@@ -37,12 +38,13 @@ TEXTS = {
     "--widths": "a", "--ranks": "0", "--populations": "3", "--batches": "x", "--peers": "nobody", "--plot": "x.docx",
     "--objective": "least", "--algos": "nothing", "--algo": "nothing", "--env": "Nowhere-v0",
     "--gym-packages": "no_such_module", "--vec-normalize": "no-such-file.pkl",
+    "--on-bad-member": "forgive",
 }  # fmt: skip
 # Values of the right type that no option may take.
 OUT_OF_RANGE = {
     "--seed": "-1", "--population-size": "3", "--rank": "0", "--n-eval-episodes": "0", "--slice-size": "3",
     "--max-episode-steps": "0", "--total-timesteps": "0", "--eval-freq": "-1", "--eval-episodes": "0",
-    "--checkpoint-every": "0", "--n-workers": "-1", "--scale": "0", "--episodes": "0", "--seeds": "0", "--trials": "0",
+    "--checkpoint-every": "0", "--keep-checkpoints": "0", "--step-timeout": "0", "--member": "-1", "--n-workers": "-1", "--scale": "0", "--episodes": "0", "--seeds": "0", "--trials": "0",
     "--repetitions": "0", "--episode-steps": "0", "--layers": "0", "--population": "1", "--timesteps": "0",
     "--seconds": "-1", "--evaluations": "0", "--torch-threads": "0", "--n-cores": "-1", "--threshold": "nan",
 }  # fmt: skip
@@ -105,6 +107,7 @@ def sb3_model(tmp_path):
 
 def test_bad_values_of_every_option(cells, monkeypatch, capsys, tmp_path, sb3_model):
     monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, capsys, "train", *PENDULUM, "--output", "run")[0] == 0
     for words, name, bad in CASES:
         with cells.cell(f"{' '.join(words)} {name} {bad}"):
             arguments = ARGUMENTS[words] if name != "--algos" else ["Pendulum-v1"]
