@@ -202,6 +202,8 @@ LARGE = {
 }
 
 
+@pytest.mark.promise("R11")
+@pytest.mark.reliability
 @pytest.mark.parametrize("kind", LARGE)
 def test_large_networks_give_the_same_to_the_bit_for_any_number_of_workers(kind):
     """Scores that are not ranked, of continuous actions: the last bit of an output reaches the parameters."""

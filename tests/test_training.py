@@ -301,7 +301,10 @@ def test_best_is_what_evaluation_liked_best(finished):
 
 
 @pytest.mark.promise("R6")
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.reliability), (signal.SIGTERM, 143)],
+)
 def test_a_signal_saves_says_how_to_go_on_and_leaves_no_process(signum, status, tmp_path):
     import psutil
 

@@ -86,6 +86,7 @@ def test_an_env_that_cannot_be_made_in_a_worker_comes_home():
 
 
 @pytest.mark.promise("R2")
+@pytest.mark.reliability
 def test_a_killed_worker_is_named_by_its_signal():
     with pytest.raises(WorkerDiedError, match=r"generation 0, member \d+: the worker process ended \(signal SIGKILL\)"):
         trained(2, toy.make_fault("kill"))

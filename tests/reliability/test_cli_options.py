@@ -44,7 +44,8 @@ TEXTS = {
 OUT_OF_RANGE = {
     "--seed": "-1", "--population-size": "3", "--rank": "0", "--n-eval-episodes": "0", "--slice-size": "3",
     "--max-episode-steps": "0", "--total-timesteps": "0", "--eval-freq": "-1", "--eval-episodes": "0",
-    "--checkpoint-every": "0", "--keep-checkpoints": "0", "--step-timeout": "0", "--member": "-1", "--n-workers": "-1", "--scale": "0", "--episodes": "0", "--seeds": "0", "--trials": "0",
+    "--checkpoint-every": "0", "--keep-checkpoints": "0", "--step-timeout": "0", "--member": "-1",
+    "--n-workers": "-1", "--scale": "0", "--episodes": "0", "--seeds": "0", "--trials": "0",
     "--repetitions": "0", "--episode-steps": "0", "--layers": "0", "--population": "1", "--timesteps": "0",
     "--seconds": "-1", "--evaluations": "0", "--torch-threads": "0", "--n-cores": "-1", "--threshold": "nan",
 }  # fmt: skip

@@ -42,7 +42,9 @@ def make_long_tail():
 
 
 @pytest.mark.promise("R11")
-@pytest.mark.parametrize("settings", [{}, SEGMENTS], ids=["episode", "segment"])
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param(SEGMENTS, marks=pytest.mark.reliability)], ids=["episode", "segment"]
+)
 def test_any_number_of_workers_in_any_order(cells, settings):
     expected = chain(n_workers=0, **settings)
     for n_workers in (1, 2):
@@ -78,6 +80,7 @@ def test_fresh_interpreters_with_other_surroundings(cells):
 
 
 @pytest.mark.promise("R21")
+@pytest.mark.reliability
 def test_lengths_from_one_step_to_thousands(cells):
     expected = chain(make_long_tail, n_workers=0, n_generations=2)
     for n_workers in (1, 3):
