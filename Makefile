@@ -15,10 +15,10 @@ test-all: .venv      ## with the slow ones
 	$(BIN)/python -m pytest -m "not ray and not gpu and not reliability and not soak"
 
 reliability: .venv   ## try every promise of docs/reliability.md and print the scoreboard, under 25 minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "promise and not soak" --scoreboard runs/reliability
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "promise and not soak" --scoreboard=runs/reliability
 
 soak: .venv          ## an hour and a half: a long run watched for leaks, and the long loops of kills
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m soak --scoreboard runs/soak
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m soak --scoreboard=runs/soak
 
 check: .venv         ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -35,6 +35,8 @@ EGGROLL_SETTINGS = tuple(
     for name in inspect.signature(EGGROLL.__init__).parameters
     if name not in _RESERVED and not name.startswith("_")
 )
+# They make an env of gym's, whose id may name a module.
+_OF_OLD_GYM = ("GymV21Environment-v0", "GymV26Environment-v0")
 # Tables that presets may hold for `eggroll-rl compare` and `tune`, beside those of the user's own algorithms,
 # "module:Class".
 NOT_OF_A_RUN = (
@@ -145,6 +147,8 @@ class RunConfig:
         module, _, env_id = self.env_id.rpartition(":")
         if module and module not in gym_packages:
             raise ConfigError(f"{self.env_id!r} needs code from {module!r}: allow it with --gym-packages {module}")
+        if env_id in _OF_OLD_GYM and not {"gym", "shimmy"} & set(gym_packages):
+            raise ConfigError(f"{env_id!r} can import what its arguments name: allow it with --gym-packages shimmy")
         wrappers = resolve_wrappers(self.wrappers, gym_packages)
         return env_factory(env_id, self.env_kwargs, self.max_episode_steps, wrappers)
 
