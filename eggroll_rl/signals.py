@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -68,8 +69,17 @@ def run_child(words: list[str], env: dict[str, str]) -> int:
 
 
 def end_with_parent() -> None:
-    """End this process, and what it started in its group, as soon as standard input ends."""
+    """End this process, and what it started in its group, as soon as standard input ends.
+
+    On Linux also where Python's lock is held for ever: there the kernel sends the signal. For a group's leader.
+    """
     threading.Thread(target=_wait_for_the_end, daemon=True).start()
+    if sys.platform == "linux" and os.getpgrp() == os.getpid():
+        import fcntl
+
+        fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _wait_for_the_end() -> None:

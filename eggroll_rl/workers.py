@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import weakref
@@ -43,6 +42,11 @@ STEP_TIMEOUT = 300.0  # seconds
 _IMPORT_SECONDS = 60.0  # that a worker may take on top, to start
 _CLOSE_SECONDS = 2.0  # that envs may take to close
 _PLACE_BYTES = 16
+# It ends with us from the first moment on, and not only after the imports.
+_START = (
+    "from eggroll_rl.signals import end_with_parent; end_with_parent(); "
+    "from eggroll_rl.workers import serve; serve(*{fds})"
+)
 
 
 class Evaluator(Protocol):
@@ -201,11 +205,8 @@ class ProcessEvaluator:
             return []
         if isinstance(answer, EggrollError):
             raise answer
-        task, worker.task, worker.is_ready = worker.task, None, True
-        if task is None:
-            return []
-        worker.failed_starts = 0
-        return [Done(task, answer)]
+        task, worker.task, worker.is_ready, worker.failed_starts = worker.task, None, True, 0
+        return [] if task is None else [Done(task, answer)]
 
     def _replace(self, worker: "_Worker", reason: str) -> list[Lost]:
         """End a worker, start another, and return the task that is lost with it."""
@@ -213,11 +214,15 @@ class ProcessEvaluator:
         member = None if task is None or worker.row < 0 else task.first + worker.row
         how, trace = worker.end(reason, self._step_timeout)
         self._workers.remove(worker)
-        failed_starts = worker.failed_starts + (task is None)
+        failed_starts = worker.failed_starts + (not worker.is_ready)
         if failed_starts > RETRIES:
-            raise WorkerDiedError(f"a worker ended {failed_starts} times making its envs: {how}\n{trace}")
+            what = f"a worker ended {failed_starts} times making its envs: {how}"
+            if not any(other.is_ready for other in self._workers):
+                raise WorkerDiedError(f"{what}\n{trace}")
+            logger.warning("%s; the others go on without it", what)
+            return []
         if task is None:
-            logger.warning("a worker that had nothing to do is replaced: %s", how)
+            logger.warning("a worker that had no slice is replaced: %s", how)
         self._start(failed_starts)
         if worker.is_unsent and worker.task is not None:
             return [Lost(worker.task, "unsent", how)]
@@ -295,7 +300,7 @@ class _Worker:
             fds = [theirs.fileno(), setup, self._log.fileno()]
             self.process = subprocess.Popen(
                 # -P: the working directory is no place to import from, unless the caller does.
-                [sys.executable, "-P", "-c", f"from eggroll_rl.workers import serve; serve(*{fds})"],
+                [sys.executable, "-P", "-c", _START.format(fds=fds)],
                 # Held open and never written to: its end-of-file tells the worker that we are gone.
                 stdin=subprocess.PIPE,
                 pass_fds=fds,
@@ -427,7 +432,6 @@ def serve(fd: int, setup: int, log: int) -> None:
     :param log: descriptor of the file in which :class:`_Worker` looks
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent()
     os.lseek(log, 0, os.SEEK_END)
     faulthandler.enable(log)  # what a segmentation fault hit
     faulthandler.register(signal.SIGUSR1, log)  # where it is stuck
@@ -472,21 +476,3 @@ def _work(connection: Connection, setup: int, place: np.ndarray) -> None:
                 assert generation is not None
                 place[1] = -1
                 connection.send(evaluate_slice(policy, generation, message.first, envs, message.left_out, on_step))
-
-
-def _end_with_parent() -> None:
-    """End this process and what it starts when the other end of stdin is closed: when the parent is gone."""
-    threading.Thread(target=_wait_for_end, daemon=True).start()
-    if sys.platform == "linux":
-        import fcntl
-
-        # The thread has to wait for Python's lock, which an env may hold for ever; the kernel does not.
-        fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
-
-
-def _wait_for_end() -> None:
-    while os.read(0, 4096):
-        pass
-    os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -4,6 +4,7 @@ import ctypes
 import faulthandler
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -121,3 +122,32 @@ class make_faulty:
 
     def __call__(self):
         return TimeLimit(FaultyEnv(*self.args, **self.kwargs), 50)
+
+
+class WithHelper(FaultyEnv):
+    """Starts a process of its own, as envs around simulators do, and writes down its pid."""
+
+    def __init__(self, folder, closes=False, **kwargs):
+        super().__init__(folder=folder, **kwargs)
+        self.closes = closes
+        self.helper = subprocess.Popen(["sleep", "1000"])
+        (Path(folder) / f"helper-{self.helper.pid}").touch()
+
+    def close(self):
+        if self.closes:
+            self.helper.terminate()
+            self.helper.wait()
+            (Path(self.folder) / f"closed-{self.helper.pid}").touch()
+
+
+class SlowEnv(TargetEnv):
+    """Takes a while for each call."""
+
+    def __init__(self, seconds):
+        time.sleep(seconds)
+        super().__init__()
+        self.seconds = seconds
+
+    def step(self, action):
+        time.sleep(self.seconds)
+        return super().step(action)

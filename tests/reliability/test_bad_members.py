@@ -10,10 +10,14 @@ import torch
 from chain import chain, make_model, seed_of, state_hash
 from faulty import FLAGS, OBSERVATIONS, REWARDS, FaultyEnv, make_faulty
 from gymnasium.wrappers import TimeLimit
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from eggroll_rl import EGGROLL
+from eggroll_rl.config import RunConfig
 from eggroll_rl.errors import ConfigError, EggrollError, EpisodeError, TooManyFailuresError
 from eggroll_rl.fitness import FITNESS_SHAPING, centered_rank
+from eggroll_rl.scoring import _worst_where_missing
+from eggroll_rl.training import RunRecorder, load_run_config, replay, train
 
 ERRORS = ("ValueError", "UnpicklableError", "SystemExit")
 NONSENSE = (*REWARDS, *OBSERVATIONS, *FLAGS)
@@ -158,8 +162,6 @@ def test_too_many_bad_members_are_an_error_and_change_nothing(fraction):
 @pytest.mark.promise("R4")
 @pytest.mark.parametrize("shaping", [name for name in FITNESS_SHAPING if name != "best_fraction"])
 def test_whichever_member_is_bad_it_never_beats_another(shaping, cells):
-    from eggroll_rl.scoring import _worst_where_missing
-
     generator = np.random.default_rng(0)
     for trial in range(50):
         fitness = generator.normal(size=16) * 10.0 ** generator.integers(-3, 4)
@@ -182,8 +184,6 @@ def test_a_nan_that_nobody_takes_out_would_be_ranked_best(cells):
 
 @pytest.mark.promise("R4")
 def test_a_ready_made_env_too():
-    from stable_baselines3.common.vec_env import DummyVecEnv
-
     def model_on(fault, **settings):
         healthy = [make_faulty("nothing")] * 3
         envs = DummyVecEnv([make_faulty(fault, at=3), *healthy])
@@ -292,3 +292,62 @@ def test_a_failed_run_says_how_to_replay_the_member_and_that_does(tmp_path, monk
     code, printed = run("replay", folder, "--member", 1)
     assert code == 0 and printed.out.startswith("generation 0, member 1: return ")
     assert run("replay", folder, "--member", 12)[0] == 2
+
+
+@pytest.mark.promise("R3")
+def test_a_replay_goes_by_the_schedules(tmp_path):
+    if "FaultyLater-v0" not in gym.registry:
+        kwargs = {"fault": "ValueError", "seed": seed_of(6, generation=3)}
+        gym.register("FaultyLater-v0", FaultyEnv, max_episode_steps=50, kwargs=kwargs)
+    eggroll = {"population_size": 12, "slice_size": 4, "sigma": "lin_0.3", "policy_kwargs": {"net_arch": [8]}}
+    folder = tmp_path / "run"
+    config = RunConfig("FaultyLater-v0", total_timesteps=600, n_workers=0, eval_freq=0, eggroll=eggroll)
+    with pytest.raises(EpisodeError) as first:
+        train(config, folder, progress_bar=False)
+    assert "generation 3, member 6" in str(first.value)
+    with pytest.raises(EpisodeError) as again:
+        replay(folder, 6)
+    assert str(again.value).splitlines()[0] == str(first.value).splitlines()[0]
+    # Another member, by hand, with the noise of that generation and with that of the start.
+    config = load_run_config(folder)
+    model = config.model(config.factory())
+    _, timesteps = RunRecorder(config, folder, config.factory()).restore_model(model)
+    model._update_current_progress_remaining(timesteps, 600)
+    assert replay(folder, 1)[1] == model.replay_member(1).returns[1].tolist()
+    model._update_current_progress_remaining(0, 600)
+    assert replay(folder, 1)[1] != model.replay_member(1).returns[1].tolist()
+
+
+class ShortEnv(FaultyEnv):
+    """Episodes of 4 steps, the fourth of which begins with a NaN, or of 40."""
+
+    def __init__(self, nan_in):
+        super().__init__("nothing")
+        self.nan_in, self.n_resets = nan_in, 0
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed, options=options)
+        self.length = 40 if self.nan_in is None else 4
+        self.n_resets += 1
+        return (np.full(3, np.nan, np.float32) if self.n_resets == self.nan_in else obs), info
+
+
+def ready_made(nan_in, **settings):
+    long = [lambda: ShortEnv(None)] * 3
+    envs = DummyVecEnv([lambda: ShortEnv(nan_in), *long])
+    return EGGROLL("MlpPolicy", envs, population_size=4, slice_size=4, seed=0, **settings)
+
+
+@pytest.mark.promise("R4")
+@pytest.mark.parametrize("on_bad_member", ["raise", "worst"])
+def test_a_ready_made_env_that_waits_for_the_others_may_hold_nan(on_bad_member):
+    model = ready_made(nan_in=4, on_bad_member=on_bad_member)
+    model.learn(1, log_interval=None)
+    assert model.bad_members == {} and model.policy.normalizer.m2.isfinite().all()
+    assert model.policy.normalizer.count == 4 + 3 * 40
+
+
+@pytest.mark.promise("R4")
+def test_a_ready_made_env_whose_first_observation_is_nan():
+    with pytest.raises(EpisodeError, match="member 0, episode 0, step 0: the env's observation is not finite"):
+        ready_made(nan_in=2).learn(1, log_interval=None)  # SB3 resets once before

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 from chain import Chain, chain, make_model, seed_of, state_hash
-from faulty import make_faulty
+from faulty import SlowEnv, WithHelper, make_faulty
+from gymnasium.wrappers import TimeLimit
 
 from eggroll_rl.dispatch import RETRIES, dispatch
 from eggroll_rl.errors import EggrollError, EpisodeError, TooManyFailuresError, WorkerDiedError
@@ -100,7 +101,7 @@ def kills(cells, n_kills, seed):
     callback = UntilKilled(math.inf)
 
     def killer():
-        while len(happened) < n_kills and not ended.wait(generator.uniform(0.0, 0.3)):
+        while len(happened) < n_kills and not ended.wait(generator.uniform(0.0, 2.0)):
             generation, alive = len(callback.hashes), workers()
             if alive and generation:
                 generator.choice(alive).kill()
@@ -235,6 +236,22 @@ def child(code, **kwargs):
     return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path}, **kwargs)
 
 
+@pytest.mark.promise("R20")
+@pytest.mark.reliability
+def test_envs_that_are_slow_are_not_stuck(caplog):
+    with caplog.at_level("WARNING", logger="eggroll_rl"):
+        chain(lambda: TimeLimit(SlowEnv(0.3), 3), n_workers=3, n_generations=1, step_timeout=1.0)
+    assert not caplog.records  # a step of a slice takes 1.2 s
+
+
+@pytest.mark.promise("R20")
+@pytest.mark.reliability
+def test_a_large_policy_needs_no_longer_limit(caplog):
+    with caplog.at_level("WARNING", logger="eggroll_rl"):
+        chain(n_generations=2, step_timeout=1.0, policy_kwargs={"net_arch": [512, 512]})
+    assert not caplog.records
+
+
 # The parent ---------------------------------------------------------------------------------------------
 
 
@@ -266,6 +283,51 @@ def test_workers_leave_when_their_parent_is_gone(cells, fault, signum, tmp_path)
         for worker in alive:
             worker.kill()
         cells.record(f"{fault}, {signum.name}, {i}", f"left: {alive}" if alive else None, time.monotonic() - began)
+
+
+@pytest.mark.promise("R7")
+@pytest.mark.reliability
+def test_workers_leave_when_their_parent_is_gone_though_a_fork_of_it_lives():
+    code = """
+        import os, sys, threading, time
+        from chain import chain
+        def fork_later():
+            time.sleep(4)
+            if os.fork() == 0:
+                print(os.getpid(), flush=True)
+                time.sleep(60)
+                os._exit(0)
+        threading.Thread(target=fork_later, daemon=True).start()
+        chain(n_generations=10**9)
+    """
+    process = child(code, stdout=subprocess.PIPE, text=True)
+    fork = int(process.stdout.readline())
+    started = [c for c in psutil.Process(process.pid).children() if c.pid != fork]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    try:
+        _, alive = psutil.wait_procs(started, timeout=5)
+        assert len(started) == 2
+        assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        psutil.Process(fork).kill()
+
+
+@pytest.mark.promise("R7")
+@pytest.mark.reliability
+@pytest.mark.parametrize("how", ["finished", "killed"])
+def test_what_an_env_has_started_ends_with_its_worker(how, tmp_path):
+    seed = seed_of(5, generation=1) if how == "killed" else -1
+    fault = {"fault": "kill", "seed": seed, "times": 1, "folder": tmp_path, "closes": how == "finished"}
+    chain(not_here(lambda: TimeLimit(WithHelper(**fault), 50)))
+    pids = [int(path.name.split("-")[1]) for path in tmp_path.glob("helper-*")]
+    assert len(pids) >= 8
+    deadline = time.monotonic() + 5
+    while left := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    assert len(list(tmp_path.glob("closed-*"))) == (8 if how == "finished" else 0)
 
 
 # Env functions that cannot be sent ----------------------------------------------------------------------
@@ -338,3 +400,23 @@ def test_an_error_does_not_wait_for_other_workers(tmp_path):
     with pytest.raises(EpisodeError):
         chain(env)
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.promise("R2")
+@pytest.mark.reliability
+def test_workers_that_cannot_be_started_again_are_done_without(tmp_path, clean, caplog):
+    """All are made once; from then on only the process whose worker was killed fails, again and again."""
+    make = make_faulty("kill", place="init", times=8, folder=tmp_path)
+
+    def later():
+        if (tmp_path / "later").exists():
+            make()
+        return make_faulty("nothing")()
+
+    def meanwhile(generation):
+        if generation == 1:
+            (tmp_path / "later").touch()
+            kill(1)
+
+    assert chain(not_here(later), n_generations=N_GENERATIONS, meanwhile=meanwhile) == clean
+    (tmp_path / "later").unlink()
