@@ -37,9 +37,10 @@ from eggroll_rl.recurrent import POLICIES
 from eggroll_rl.space_files import MOST_ENTRIES, count_entries, space_from_json, space_to_json
 from eggroll_rl.tensor_files import load_tensors, n_entries, refuse_non_finite, save_tensors
 
-RUN_FILES = {
-    "config.toml", "policy.safetensors", "best.safetensors", "progress.csv", "evaluations.npz", "results.json",
-}  # fmt: skip
+# config.toml goes last where they are removed: it is what shows that this is a run folder.
+RUN_FILES = (
+    "policy.safetensors", "best.safetensors", "progress.csv", "evaluations.npz", "results.json", "config.toml",
+)  # fmt: skip
 _MOST_CSV = 2**28  # bytes
 _MOST_JSON = 2**24
 _MOST_EVALUATIONS = 2**26  # of the file, and of each array in it
@@ -166,6 +167,27 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     except (OSError, ValueError, csv.Error) as error:
         raise RunFolderError(f"{path} cannot be read ({one_line(error)})") from error
     return [row for row in rows if None not in row and None not in row.values()]
+
+
+def cut_csv(path: Path, column: str, last: int) -> None:
+    """Keep the rows whose number in ``column`` is at most ``last``, and no line that was cut off in the middle.
+
+    :raises RunFolderError: it cannot be read, or a row has no such number
+    """
+    if not path.exists():
+        return
+    kept = io.StringIO()  # and no list: a row is a line, and may be two characters long
+    try:
+        lines = io.StringIO(read_bounded(path, _MOST_CSV).decode())
+        header = next(lines, "")
+        place, width = header.rstrip("\n").split(",").index(column), header.count(",")
+        kept.write(header)
+        for line in lines:
+            if line.endswith("\n") and line.count(",") == width and int(line.split(",")[place]) <= last:
+                kept.write(line)
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read ({one_line(error)})") from error
+    write_atomic(path, kept.getvalue().encode())
 
 
 def write_evaluations(path: Path, evaluations: list[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 import datetime
 import importlib
 import inspect
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -180,16 +180,21 @@ class RunConfig:
         names = ("env_id", "env_kwargs", "wrappers", "max_episode_steps", "seed", "eggroll")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def model(self, factory: EnvFactory) -> EGGROLL:
-        """Return the untrained model."""
+    def model(self, factory: EnvFactory, bounded: AbstractContextManager[None] | None = None) -> EGGROLL:
+        """Return the untrained model.
+
+        :param bounded: in which the policy is built, but not the env
+        """
         policy = self.eggroll.get("policy")
         if policy is None:
             with closing(factory()) as env:
                 policy = default_policy(env.observation_space)
         settings = {name: value for name, value in self.eggroll.items() if name != "policy"}
-        return EGGROLL(
-            policy, factory, seed=self.seed, n_workers=self.n_workers, step_timeout=self.step_timeout, **settings
-        )
+        settings |= {"seed": self.seed, "n_workers": self.n_workers, "step_timeout": self.step_timeout}
+        model = EGGROLL(policy, factory, **settings, _init_setup_model=False)
+        with bounded or nullcontext():
+            model._setup_model()
+        return model
 
 
 _OF_ONE_FITNESS = (

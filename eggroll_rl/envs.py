@@ -6,7 +6,6 @@ import importlib
 import inspect
 import random
 import re
-import tomllib
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from gymnasium.wrappers import TimeLimit
 from eggroll_rl.box2d import with_fresh_world
 from eggroll_rl.checks import check_whole, shown
 from eggroll_rl.errors import ConfigError, EggrollError, EpisodeError
-from eggroll_rl.files import check_depth, read_bounded
+from eggroll_rl.files import parse_toml, read_bounded
 from eggroll_rl.mujoco_tasks import vector_task
 from eggroll_rl.mujoco_vector import MujocoVectorEnv, mujoco_warnings_silenced
 from eggroll_rl.serial_vector import SerialVectorEnv
@@ -35,7 +34,6 @@ _PURE_WRAPPERS = (
     gym_wrappers.FrameStackObservation, gym_wrappers.MaxAndSkipObservation, TimeLimit,
 )  # fmt: skip
 _MOST_TOML = 2**18  # bytes
-_MOST_OF_A_LINE = 2**12  # tomllib takes the square of it for a name of many parts
 EnvSource = str | EnvSpec | Callable[[], gym.Env]
 
 
@@ -273,6 +271,13 @@ def global_generators_kept() -> Iterator[None]:
         torch.set_rng_state(saved[2])
 
 
+def seed_globals(seed: int) -> None:
+    """Seed the global generators, for envs that draw from them."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch accelerators too
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Presets
 
@@ -307,16 +312,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     :raises ConfigError: it is not there, not TOML, or too large or too deeply nested to be anybody's settings
     """
     try:
-        text = read_bounded(path, _MOST_TOML).decode()
-        if max(map(len, text.split("\n"))) > _MOST_OF_A_LINE:
-            raise ValueError(f"a line of more than {_MOST_OF_A_LINE:,} characters")
-        table = tomllib.loads(text)
-        check_depth(table)
-        return table
+        return parse_toml(read_bounded(path, _MOST_TOML).decode())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except RecursionError:
-        raise ConfigError(f"{path} is not valid TOML: nested too deeply") from None
     except ValueError as error:  # TOML's, UTF-8's, and Python's for an integer of thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {_one_line(error)[:200]}") from error
 

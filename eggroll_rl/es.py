@@ -539,10 +539,7 @@ class EvolutionStrategy:
             raise ConfigError(f"optimizer of the state must be that of an optimizer, got {shown(state['optimizer'])}")
         for index, entry in moments.items():
             for name, value in entry.items():
-                # A counter is a number; everything else has the shape of its parameter. torch would not look.
-                fits = index in range(len(parameters)) and (
-                    not isinstance(value, Tensor) or value.dim() == 0 or value.shape == parameters[index].shape
-                )
+                fits = index in range(len(parameters)) and _fits(value, parameters[index])
                 if not fits:
                     raise ConfigError(f"optimizer of the state: {name} of parameter {index} is of another module")
         last = state.get("last_step")
@@ -611,6 +608,17 @@ class EvolutionStrategy:
         """Copy the mean from tensors by name."""
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+
+
+def _fits(value: object, parameter: Tensor) -> bool:
+    """Say whether a value of an optimizer's state can belong to a parameter. torch would not look."""
+    if not isinstance(value, Tensor):
+        return True
+    # A counter is a number; a moment has the parameter's shape, or Adafactor's that of its rows or columns.
+    try:
+        return torch.broadcast_shapes(value.shape, parameter.shape) == parameter.shape
+    except RuntimeError:
+        return False
 
 
 def _pair_snr(fitness: Tensor) -> float:

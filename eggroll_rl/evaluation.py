@@ -11,7 +11,7 @@ import numpy as np
 
 from eggroll_rl.agents import load_policy
 from eggroll_rl.config import RunConfig
-from eggroll_rl.envs import EnvFactory, check_time_limit, env_factory, read_toml
+from eggroll_rl.envs import EnvFactory, check_time_limit, env_factory, global_generators_kept, read_toml, seed_globals
 from eggroll_rl.errors import ConfigError, ConsentError, EpisodeError, RunFolderError
 from eggroll_rl.es import one_thread
 from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
@@ -118,7 +118,8 @@ def evaluate(predict: Predict, factory: EnvFactory, seeds: Sequence[int], plain:
     num_envs = min(_BATCH, len(seeds))
     envs = SerialVectorEnv([factory] * num_envs) if plain else factory.vector(num_envs)
     try:
-        with one_thread(), mujoco_warnings_silenced():
+        with one_thread(), mujoco_warnings_silenced(), global_generators_kept():
+            seed_globals(seeds[0])  # an env may draw from them
             for first in range(0, len(seeds), envs.num_envs):
                 part = list(seeds[first : first + envs.num_envs])
                 _episodes(predict, envs, part, returns[first:], lengths[first:])

@@ -5,11 +5,13 @@ A run folder may come from anybody. Whatever is read from one is read by :func:`
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
 import stat
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +20,12 @@ from typing import Any
 from eggroll_rl.errors import RunFolderError
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+# What file systems say that know no fsync of a folder, many of networks among them.
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP)
 _DIGITS = 40  # of an integer in JSON; ours have 20 at most
 _MOST_LEVELS = 64
+_MOST_OF_A_LINE = 2**12
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|\'[^\']*\'')
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -29,7 +35,8 @@ _MOST_LEVELS = 64
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, and onto the disk before it takes the old one's place.
 
-    :raises RunFolderError: it cannot be written; an old file of that name is as it was
+    :raises RunFolderError: it cannot be written; an old file of that name is as it was, or has been replaced as a
+        whole, if all that failed is to bring its name onto the disk
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -86,6 +93,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS:
+            raise
     finally:
         os.close(descriptor)
 
@@ -142,11 +152,16 @@ def _owner(inode: int) -> int | None:
     return None
 
 
+def is_temporary(path: Path) -> bool:
+    """Say whether a file is what :func:`write_atomic` left when it was killed."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def _remove_temporaries(folder: Path) -> None:
     # Links are not followed: what lies behind them is not locked.
     inner = [Path(entry) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
     for path in [path for place in (folder, *inner) for path in place.glob(".*.tmp")]:
-        if _TEMPORARY.fullmatch(path.name):
+        if is_temporary(path):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -213,6 +228,22 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
     check_depth(value)
     return value
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML.
+
+    :raises ValueError: the text is something else, nested too deeply, or has a name of thousands of parts, of which
+        tomllib takes the square
+    """
+    if any(len(line) > _MOST_OF_A_LINE and len(_QUOTED.sub("", line)) > _MOST_OF_A_LINE for line in text.split("\n")):
+        raise ValueError(f"a line of more than {_MOST_OF_A_LINE:,} characters outside of quotes")
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    check_depth(table)
+    return table
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

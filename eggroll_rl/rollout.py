@@ -8,7 +8,6 @@ Shapes: N members of the slice, padding included, E episodes, I inputs, S size o
 """
 
 import math
-import random
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from eggroll_rl.actor import Actor
-from eggroll_rl.envs import global_generators_kept
+from eggroll_rl.envs import global_generators_kept, seed_globals
 from eggroll_rl.errors import EpisodeError
 from eggroll_rl.noise import Noise
 from eggroll_rl.normalization import Moments
@@ -288,7 +287,5 @@ def seeded_globals(noise: Noise, first: int) -> Iterator[None]:
     sequence = np.random.SeedSequence(noise.seed, spawn_key=(_GLOBALS_STREAM, noise.generation, first))
     seed = int(sequence.generate_state(1)[0])
     with global_generators_kept():
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch accelerators too
+        seed_globals(seed)
         yield

@@ -15,7 +15,7 @@ def space_to_json(space: spaces.Space) -> dict[str, Any]:
         bounds = {name: _bound_to_json(getattr(space, name)) for name in ("low", "high")}
         return {"type": "Box", "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
     if isinstance(space, spaces.Discrete):
-        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": str(space.dtype)}
     if isinstance(space, spaces.MultiDiscrete):
         start, dtype = space.start.tolist(), str(space.dtype)
         return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": start, "dtype": dtype}
@@ -36,13 +36,12 @@ def space_from_json(about: dict[str, Any]) -> spaces.Space:
     kind = about["type"]
     if kind == "Box":
         dtype, shape = _number_type(about["dtype"]), tuple(about["shape"])
-        with np.errstate(invalid="raise", over="raise"):
-            low, high = (
-                np.broadcast_to(np.array(about[n], dtype=np.float64), shape).astype(dtype) for n in ("low", "high")
-            )
+        low, high = (np.broadcast_to(_bound(about[n], dtype), shape) for n in ("low", "high"))
         return spaces.Box(low, high, shape, dtype.type)
     if kind == "Discrete":
-        return spaces.Discrete(about["n"], start=about["start"])
+        dtype = _number_type(about.get("dtype", "int64"))
+        named: dict[str, Any] = {} if dtype == np.int64 else {"dtype": dtype.type}  # older Gymnasiums know no other
+        return spaces.Discrete(about["n"], start=about["start"], **named)
     if kind == "MultiDiscrete":
         dtype = _number_type(about.get("dtype", "int64"))
         return spaces.MultiDiscrete(about["nvec"], dtype=dtype.type, start=about.get("start"))
@@ -89,6 +88,17 @@ def _check_size(n_entries: int) -> None:
         raise ValueError(f"a space of {n_entries:,} entries; at most {MOST_ENTRIES:,} are read")
 
 
+def _bound(value: Any, dtype: np.dtype) -> np.ndarray:
+    if dtype.kind == "f":
+        with np.errstate(over="raise"):
+            return np.array(value, dtype=np.float64).astype(dtype)
+    # Through no float64, which has no room for the limits of int64; files of version 1 have them as floats.
+    least, most = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    values = np.array(value, dtype=object)
+    whole = [min(max(int(x), least), most) for x in values.ravel().tolist()]
+    return np.array(whole, dtype=dtype).reshape(values.shape)
+
+
 def _number_type(name: Any) -> np.dtype:
     # Of text alone, and of no text or object type: "S1000000000" is a gigabyte per entry.
     dtype = np.dtype(name) if isinstance(name, str) and len(name) < 20 else None
@@ -99,7 +109,9 @@ def _number_type(name: Any) -> np.dtype:
 
 def _bound_to_json(bound: np.ndarray) -> Any:
     # One number where all are equal; infinity as text, for JSON has none.
-    values = [x if math.isfinite(x) else str(x) for x in bound.astype(np.float64).ravel().tolist()]
+    if bound.dtype.kind == "f":
+        bound = bound.astype(np.float64)
+    values = [x if isinstance(x, int) or math.isfinite(x) else str(x) for x in bound.ravel().tolist()]
     if len(set(values)) == 1:
         return values[0]
     return np.array(values, dtype=object).reshape(bound.shape).tolist()

@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -20,12 +19,13 @@ from tqdm.auto import tqdm
 from eggroll_rl import agents
 from eggroll_rl.callbacks import GenerationCallback
 from eggroll_rl.checkpoints import list_checkpoints, newest_checkpoint, remove_checkpoints, save_checkpoint
+from eggroll_rl.checks import check_not_negative, check_whole
 from eggroll_rl.config import RunConfig
 from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory, check_time_limit, read_toml
 from eggroll_rl.errors import ConfigError, EggrollError, RunFolderError
 from eggroll_rl.evaluation import Evaluation, acting, evaluate
-from eggroll_rl.files import alone_in, cannot_write, one_line, sync, write_atomic
+from eggroll_rl.files import alone_in, cannot_write, is_temporary, one_line, parse_toml, sync, write_atomic
 from eggroll_rl.machine import machine, versions
 from eggroll_rl.rollout import RolloutResult
 from eggroll_rl.signals import handlers
@@ -74,11 +74,10 @@ def train(
     model = _model(config, factory, folder if resume else None)
     config.resolve(model)
     about = {**config.of_the_result(), "total_timesteps": config.total_timesteps}
-    with (
-        alone_in(folder),
-        tracked(model, f"{config.env_id}-{folder.name}", about, tensorboard_log, track) as logging,
-    ):
-        return _train(config, model, factory, folder, resume, progress_bar, 1 if logging else None)
+    with alone_in(folder):
+        _check_folder(folder, resume, overwrite)  # again: somebody may have been there meanwhile
+        with tracked(model, f"{config.env_id}-{folder.name}", about, tensorboard_log, track) as logging:
+            return _train(config, model, factory, folder, resume, progress_bar, 1 if logging else None)
 
 
 def _model(config: RunConfig, factory: EnvFactory, resumed: Path | None) -> EGGROLL:
@@ -86,8 +85,7 @@ def _model(config: RunConfig, factory: EnvFactory, resumed: Path | None) -> EGGR
     if resumed is not None:  # the run may be a stranger's, and ask for any size
         bounded = agents.no_larger_than(newest_checkpoint(resumed)[1], _MOST_INPUTS)
     try:
-        with bounded:
-            return config.model(factory)
+        return config.model(factory, bounded)
     except EggrollError:
         raise
     except (RuntimeError, MemoryError) as error:  # torch's, of a device that is not there or a network of any size
@@ -111,7 +109,9 @@ def _train(
         else:
             _clear(folder)
         write_atomic(folder / "config.toml", config.to_toml().encode())
-        recorder.checkpoint()  # from here on there is something to resume
+        load_run_config(folder)  # what cannot be read back is better known before the training than after
+        if not resume:
+            recorder.checkpoint()  # from here on there is something to resume
         remaining = config.total_timesteps - model.num_timesteps
         if remaining > 0:
             try:
@@ -310,6 +310,11 @@ class RunRecorder(GenerationCallback):
         """
         if isinstance(error, RunFolderError):
             return  # the disk is full already
+        done = self._model._n_updates
+        if self._model.evolution_strategy.generation != done:
+            return  # in the middle of an update
+        if done != self._boundary["generation"]:  # after an update, and before on_generation_end()
+            self._boundary = {"generation": done, "timesteps": self.num_steps}
         try:
             self.checkpoint()
         except RunFolderError as failed:
@@ -324,8 +329,7 @@ class RunRecorder(GenerationCallback):
         """
         generation, timesteps = self.restore_model(model)
         self._boundary = {"generation": generation, "timesteps": timesteps}
-        rows = agents.read_csv(self.folder / "progress.csv")
-        agents.write_csv(self.folder / "progress.csv", [row for row in rows if _generation(row) <= generation])
+        agents.cut_csv(self.folder / "progress.csv", "generation", generation)
         evaluations = agents.read_evaluations(self.folder / "evaluations.npz")
         self.evaluations = [e for e in evaluations if e["timesteps"] <= timesteps]
 
@@ -338,7 +342,7 @@ class RunRecorder(GenerationCallback):
         for reason in skipped:
             self._say(f"skipped: {reason}")
         try:
-            before, now = tomllib.loads(about["settings"]), tomllib.loads(tomli_w.dumps(self.config.of_the_result()))
+            before, now = parse_toml(about["settings"]), parse_toml(tomli_w.dumps(self.config.of_the_result()))
             for table in (before, now):
                 settings = RunConfig.with_defaults(table.pop("eggroll", {}))
                 table |= {f"[eggroll] {name}": value for name, value in settings.items()}
@@ -352,12 +356,16 @@ class RunRecorder(GenerationCallback):
             optimizer = {**es.optimizer.state_dict(), "state": state}
             model.policy.load_state_dict(policy)
             scorer = {n.removeprefix("scorer."): t for n, t in tensors.items() if n.startswith("scorer.")}
-            _check_complete(state, len(es.parameters), "optimizer")
-            _check_complete(_by_index(scorer, "optimizer."), None, "scorer.optimizer")
+            _check_complete(state, [parameter.dim() for parameter in es.parameters.values()], "optimizer")
+            moments = _by_index(scorer, "optimizer.")
+            _check_complete(moments, [0] * len(moments), "scorer.optimizer")
             if scorer:
-                model.scorer.load_state_dict(scorer)
+                with agents.no_larger_than(tensors, _MOST_INPUTS):
+                    model.scorer.load_state_dict(scorer)
             es.load_state_dict({"seed": es.seed, "generation": about["generation"], "optimizer": optimizer})
-            model.last_generation.update(about.get("last_episodes", {}))
+            check_whole("timesteps", about["timesteps"], 0)
+            check_not_negative("training_seconds", about["training_seconds"])
+            model.last_generation |= {str(name): float(mean) for name, mean in about.get("last_episodes", {}).items()}
             model.bad_members = {str(reason): int(count) for reason, count in about.get("bad_members", {}).items()}
             model._n_updates, model.num_timesteps = about["generation"], about["timesteps"]
             self.seconds_before = about["training_seconds"]
@@ -446,7 +454,7 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             raise RunFolderError(f"{folder} holds no run to resume: it has no checkpoint")
     elif folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file, not a run folder")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and not all(map(is_temporary, folder.iterdir())):
         if not overwrite:
             raise RunFolderError(f"{folder} exists: continue it with --resume, replace it with --overwrite")
         try:
@@ -475,16 +483,11 @@ def _by_index(entries: dict[str, Any], prefix: str = "") -> dict[int, dict[str, 
     return state
 
 
-def _check_complete(state: dict[int, dict[str, Any]], n_parameters: int | None, where: str) -> None:
-    """Refuse an optimizer's state with gaps: torch would start there anew, or stop in the middle of the run."""
-    if len({frozenset(entry) for entry in state.values()}) > 1 or (
-        state and len(state) != (n_parameters or len(state))
-    ):
+def _check_complete(state: dict[int, dict[str, Any]], dims: list[int], where: str) -> None:
+    """Refuse an optimizer's state with gaps: torch would start there anew, or stop in the middle of the run.
+
+    :param dims: of each parameter; Adafactor keeps other things of a matrix than of a vector
+    """
+    kinds = {(dims[index], frozenset(entry)) for index, entry in state.items()}
+    if len(kinds) > len({dim for dim, _ in kinds}) or (state and len(state) != len(dims)):
         raise ValueError(f"{where} has entries for some of its parameters and not for others")
-
-
-def _generation(row: dict[str, str]) -> int:
-    try:
-        return int(row["generation"])
-    except (KeyError, ValueError):
-        raise RunFolderError(f"progress.csv has a row without its generation: {str(row)[:80]}") from None

@@ -129,9 +129,10 @@ def _open(search: Search, base: dict[str, Any], space: dict[str, Any], folder: P
         study_name="tune",
         direction="maximize",
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(n_startup_trials=10, seed=0),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=search.rules.evaluations // 3),
     )
+    # Another seed for what is continued: the same one would try the first trials again.
+    study.sampler = optuna.samplers.TPESampler(n_startup_trials=10, seed=len(study.trials))
     told = asdict(search)
     del told["rules"]["n_cores"]
     about = json.loads(json.dumps({"search": told, "space": space, "settings": base}))

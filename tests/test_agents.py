@@ -200,3 +200,18 @@ with alone_in(Path({str(folder)!r})):
     for _ in range(2):
         with files.alone_in(folder):
             assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(np.iinfo(np.int64).min, np.iinfo(np.int64).max, (2,), np.int64),
+        spaces.Box(0, np.iinfo(np.uint64).max, (2,), np.uint64),
+        spaces.Box(np.array([-3, 2], np.int8), np.array([5, 7], np.int8), dtype=np.int8),
+        spaces.Box(-np.inf, np.array([1.5, np.inf], np.float32), (2,)),
+        spaces.Discrete(4, start=-1, dtype=np.int32),
+    ],
+    ids=str,
+)
+def test_spaces_come_back_to_the_bit(space):
+    assert space_from_json(json.loads(json.dumps(space_to_json(space)))) == space

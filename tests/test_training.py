@@ -332,3 +332,30 @@ def test_the_last_checkpoints_are_kept(keep, tmp_path):
     generations = len(curve(tmp_path / "run"))
     kept = [int(path.stem.removeprefix("generation-")) for path in list_checkpoints(tmp_path / "run")]
     assert generations > 3 and kept == list(range(generations, generations - keep, -1))
+
+
+def test_an_error_after_an_update_saves_that_generation_under_its_own_number(tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    train(config(), whole, progress_bar=False)
+
+    def full(self, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("eggroll_rl.eggroll.EGGROLL.dump_logs", full)
+        with pytest.raises(OSError, match="No space"):
+            train(config(), tmp_path / "run", progress_bar=False, tensorboard_log=tmp_path / "log")
+    train(config(), tmp_path / "run", resume=True, progress_bar=False)
+    assert (tmp_path / "run" / "policy.safetensors").exists()
+    same = [load_tensors(folder / "policy.safetensors", "policy")[0] for folder in (whole, tmp_path / "run")]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+def test_settings_that_are_one_long_line_in_toml_are_read_back(tmp_path):
+    text = "\n".join(["<body name='x'/>"] * 1000)
+    written = RunConfig("Target-v0", env_kwargs={"text": text}).to_toml()
+    assert max(map(len, written.split("\n"))) > 5000
+    (tmp_path / "config.toml").write_text(written)
+    assert load_run_config(tmp_path).env_kwargs["text"] == text
