@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from eggroll_rl import agents
+from eggroll_rl.checkpoints import newest_checkpoint
 from eggroll_rl.errors import EggrollError
 from eggroll_rl.machine import machine, versions
 
@@ -236,10 +236,13 @@ def of_run(run: Run) -> list[str]:
 def checkpoint_generation(run: Run) -> int | None:
     """Return the generation of FOLDER/run's checkpoint, or None if there is no readable one."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "training.safetensors"
-        path.write_bytes(run.files.get("run/training.safetensors", b""))
+        place = Path(folder) / "checkpoints"
+        place.mkdir()
+        for name, content in run.files.items():
+            if name.startswith("run/checkpoints/"):
+                (place / Path(name).name).write_bytes(content)
         try:
-            return agents.load_tensors(path, "training")[1]["generation"]
+            return newest_checkpoint(Path(folder))[2]["generation"]
         except EggrollError:
             return None
 

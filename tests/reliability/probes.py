@@ -29,6 +29,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecChec
 
 from eggroll_rl import EGGROLL
 from eggroll_rl.agents import load_policy
+from eggroll_rl.checkpoints import list_checkpoints
 from eggroll_rl.config import RunConfig
 from eggroll_rl.training import train
 
@@ -168,20 +169,20 @@ def run_config(folder, steps, **settings):
     eggroll = {"population_size": 8, "slice_size": 4, "policy_kwargs": BIG}
     return RunConfig(
         "Probe-v0", {"fault": "none", "folder": str(folder)}, total_timesteps=steps, n_workers=0, eval_freq=0,
-        eval_episodes=1, checkpoint_every=1, eggroll=eggroll, **settings,
+        eval_episodes=1, checkpoint_every=1, keep_checkpoints=1, eggroll=eggroll, **settings,
     )  # fmt: skip
 
 
 def full_disk_of_a_run(run, seen):
     run.mkdir()
     train(run_config(run, 256), run / "agent", progress_bar=False)
-    names = ("training.safetensors", "policy.safetensors", "config.toml")
-    before = {name: file_digest(run / "agent" / name) for name in names}
+    (checkpoint,) = list_checkpoints(run / "agent")
+    before = {path: file_digest(path) for path in (checkpoint, run / "agent" / "policy.safetensors")}
     with files_of_at_most(4096):
         seen["save_error"] = error_of(
             lambda: train(run_config(run, 512), run / "agent", resume=True, progress_bar=False)
         )
-    seen["intact"] = all(file_digest(run / "agent" / name) == before[name] for name in names[:2])
+    seen["intact"] = all(file_digest(path) == was for path, was in before.items())
     seen["load_error"] = error_of(lambda: load_policy(run / "agent" / "policy.safetensors"))
     seen["left"] = sorted(p.name for p in (run / "agent").iterdir() if p.name.endswith(".tmp"))
     seen["resume_error"] = error_of(lambda: train(run_config(run, 512), run / "agent", resume=True, progress_bar=False))
@@ -218,14 +219,17 @@ def payload_in_a_run(run, sentinel, seen):
     run.mkdir()
     agent = run / "agent"
     train(run_config(run, 128), agent, progress_bar=False)
-    good = (agent / "policy.safetensors").read_bytes()
+    paths = {"policy": agent / "policy.safetensors", "training": list_checkpoints(agent)[0]}
+    good = paths["policy"].read_bytes()
     size = int.from_bytes(good[:8], "little")
     header = json.loads(good[8 : 8 + size])
     about = json.loads(header["__metadata__"]["about"])
     named = f"__import__('pathlib').Path({str(sentinel)!r}).touch()"
 
     def with_about(**changes):
-        metadata = {**header["__metadata__"], "about": json.dumps({**about, **changes})}
+        # Of version 1, which has no checksum to stop at.
+        metadata = {**header["__metadata__"], "about": json.dumps({**about, **changes}), "version": "1"}
+        del metadata["sha256"]
         text = json.dumps({**header, "__metadata__": metadata}).encode()
         return len(text).to_bytes(8, "little") + text + good[8 + size :]
 
@@ -241,20 +245,20 @@ def payload_in_a_run(run, sentinel, seen):
     }
     seen["errors"] = {}
     for name, content in files.items():
-        for kind in ("policy", "training"):
+        for kind in paths:
             if kind == "training" and "named" in name:
                 continue
-            for part in ("policy", "training"):
-                shutil.copy(agent / f"{part}.safetensors", run / f"{part}.good")
-            (agent / f"{kind}.safetensors").write_bytes(content)
+            for part, path in paths.items():
+                shutil.copy(path, run / f"{part}.good")
+            paths[kind].write_bytes(content)
             if kind == "policy":
                 seen["errors"][f"{kind}: {name}"] = error_of(lambda: load_policy(agent / "policy.safetensors"))
             else:
                 seen["errors"][f"{kind}: {name}"] = error_of(
                     lambda: train(run_config(run, 256), agent, resume=True, progress_bar=False)
                 )
-            for part in ("policy", "training"):
-                shutil.copy(run / f"{part}.good", agent / f"{part}.safetensors")
+            for part, path in paths.items():
+                shutil.copy(run / f"{part}.good", path)
     seen["control_error"] = error_of(lambda: load_policy(agent / "policy.safetensors"))
     seen["ran"] = sentinel.exists()
     # That the payload is one: pickle alone runs it.

@@ -108,7 +108,7 @@ def resumable_on_full_disk(run):
     file_intact(run)
     assert run.seen["run"]["left"] == []
     assert run.seen["run"]["resume_error"] is None
-    assert "training.safetensors: File too large" in run.seen["run"]["save_error"]
+    assert "safetensors: File too large" in run.seen["run"]["save_error"]
 
 
 def killed_alone(run):
