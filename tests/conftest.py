@@ -6,6 +6,8 @@ import psutil
 import pytest
 import torch
 
+from eggroll_rl import cli
+
 pytest_plugins = ["scoreboard"]
 
 torch.set_num_threads(1)
@@ -31,6 +33,23 @@ def rng_state():
 
     before = state()
     return lambda: state() == before
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process; return status, stdout, stderr."""
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["eggroll-rl", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
 
 
 @pytest.fixture

@@ -4,26 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eggroll_rl import cli
-
 SMALL = ["--total-timesteps", "600", "--population-size", "4", "--slice-size", "2", "--n-workers", "0"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command line in this process; return status, stdout, stderr."""
-
-    def run(*words):
-        monkeypatch.setattr("sys.argv", ["eggroll-rl", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 @pytest.fixture

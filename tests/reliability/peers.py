@@ -137,11 +137,6 @@ def caught(run: Run) -> str:
     return "" if error is None else f"{error['type']}: {error['text']}"
 
 
-def refused(run: Run) -> bool:
-    """Whether the library has no such option."""
-    return (run.seen.get("error") or {}).get("type") == "NotImplementedError"
-
-
 def ending(run: Run) -> str:
     if run.status is None:
         return f"still running after {run.seconds:.0f} s"
@@ -149,8 +144,6 @@ def ending(run: Run) -> str:
         return "runs to its end"
     if run.status < 0:
         return f"ends by {signal.Signals(-run.status).name}"
-    if refused(run):
-        return short(run.seen["error"]["text"])
     return f"{short(caught(run) or last_line(run))}, exit status {run.status}"
 
 
@@ -172,7 +165,7 @@ def of_kill(run: Run, undisturbed: Run | None) -> list[str]:
 
 def of_raise(run: Run, _: Run | None) -> list[str]:
     error = caught(run)
-    if run.status == 0 or refused(run):
+    if run.status == 0:
         return [ending(run), *of_parameters(run)]
     head = error.partition("\n")[0]
     return [
@@ -213,7 +206,7 @@ def of_ending(run: Run, _: Run | None) -> list[str]:
 
 
 def of_hang(run: Run, _: Run | None) -> list[str]:
-    if run.status is None or refused(run):
+    if run.status is None:
         return [ending(run)]
     return [f"{ending(run)}, {run.seconds:.0f} s after the fault", *of_parameters(run), left(run)]
 

@@ -9,7 +9,6 @@ otherwise.
 
 import contextlib
 import hashlib
-import inspect
 import json
 import pickle
 import resource
@@ -33,7 +32,6 @@ from eggroll_rl.checkpoints import list_checkpoints
 from eggroll_rl.config import RunConfig
 from eggroll_rl.training import train
 
-OUR_OPTIONS = inspect.signature(EGGROLL.__init__).parameters
 SMALL = {"net_arch": [8]}
 BIG = {"net_arch": [64, 64]}
 FOREVER = 10**9
@@ -53,8 +51,6 @@ def build(system, fn, n_workers=2, wrap=None, policy_kwargs=SMALL, **options):
         kwargs = policy_kwargs if policy_kwargs is BIG else {}
         return ARS(policy, wrap(DummyVecEnv([fn])), n_delta=4, seed=0, device="cpu", policy_kwargs=kwargs, **options)
     settings = {"population_size": 8, "slice_size": 4, "seed": 0, "policy_kwargs": policy_kwargs, **options}
-    if not OUR_OPTIONS.keys() >= options.keys():
-        raise NotImplementedError(f"this EGGROLL has no {', '.join(options.keys() - OUR_OPTIONS.keys())}")
     return EGGROLL("MlpPolicy", fn, n_workers=n_workers, **settings)
 
 

@@ -69,18 +69,6 @@ def cases():
 CASES = list(dict.fromkeys(cases()))
 
 
-def run(monkeypatch, capsys, *words):
-    """Run the command line in this process; return the status and both streams."""
-    monkeypatch.setattr(sys, "argv", ["eggroll-rl", *map(str, words)])
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
 def one_line(status, err, *words):
     assert status == 2, f"status {status}: {err[-300:]}"
     lines = err.strip().splitlines()
@@ -106,32 +94,32 @@ def sb3_model(tmp_path):
     return [str(tmp_path / "model.zip"), "--trust-pickle", "--algo", "a2c", "--env", "Pendulum-v1"]
 
 
-def test_bad_values_of_every_option(cells, monkeypatch, capsys, tmp_path, sb3_model):
+def test_bad_values_of_every_option(cells, monkeypatch, run, tmp_path, sb3_model):
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, capsys, "train", *PENDULUM, "--output", "run")[0] == 0
+    assert run("train", *PENDULUM, "--output", "run")[0] == 0
     for words, name, bad in CASES:
         with cells.cell(f"{' '.join(words)} {name} {bad}"):
             arguments = ARGUMENTS[words] if name != "--algos" else ["Pendulum-v1"]
             arguments = [*sb3_model, *arguments[1:]] if words[0] in MODEL_COMMANDS else arguments
             budget = ["--timesteps", "1000"] if words[0] in ("compare", "tune") and name != "--timesteps" else []
-            status, _, err = run(monkeypatch, capsys, *words, *arguments, *budget, name, bad)
+            status, _, err = run(*words, *arguments, *budget, name, bad)
             field = name.removeprefix("--")
             spelt = [w for w in (field, field.replace("-", "_"), bad) if w in err]
             one_line(status, err)
             assert spelt, f"{err!r} names neither {name} nor {bad}"
 
 
-def test_help_of_every_command(cells, monkeypatch, capsys):
+def test_help_of_every_command(cells, monkeypatch, run):
     for words, command in COMMANDS.items():
         with cells.cell(" ".join(words) or "eggroll-rl"):
-            status, out, err = run(monkeypatch, capsys, *words, "--help")
+            status, out, err = run(*words, "--help")
             assert status == 0 and err == "" and out.startswith("Usage: ")
             for option in command.params:
                 if isinstance(option, click.Option):
                     assert option.opts[0] in out
 
 
-def test_other_mistakes(cells, monkeypatch, capsys, tmp_path):
+def test_other_mistakes(cells, monkeypatch, run, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.toml").write_text("env_id = \n")
     (tmp_path / "wrong.toml").write_text('env_id = "Pendulum-v1"\n[eggroll]\npopulation_siz = 4\n')
@@ -160,16 +148,16 @@ def test_other_mistakes(cells, monkeypatch, capsys, tmp_path):
     }
     for name, (words, named) in mistakes.items():
         with cells.cell(name):
-            status, _, err = run(monkeypatch, capsys, *words)
+            status, _, err = run(*words)
             one_line(status, err, *named)
 
 
-def test_an_error_that_is_not_caught_is_noticed(cells, monkeypatch, capsys, tmp_path):
+def test_an_error_that_is_not_caught_is_noticed(cells, monkeypatch, run, tmp_path):
     monkeypatch.chdir(tmp_path)
     with cells.control("main() without its handlers"):
         monkeypatch.setattr(cli, "main", lambda: cli.cli(standalone_mode=False))
         try:
-            run(monkeypatch, capsys, "train", "Pendulum-v9")
+            run("train", "Pendulum-v9")
         except Exception as error:
             raise AssertionError("a traceback") from error
 
