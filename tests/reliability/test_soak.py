@@ -64,7 +64,7 @@ def test_a_long_run_leaks_nothing(cells, tmp_path):
         watched = watch(tmp_path, seconds=60 * MINUTES, every=5, kill_every=100)
         report(watched)
         check_no_leak(watched, BOUND_LONG)
-        assert watched.kills >= watched.samples[-1].generation // 300
+        assert watched.kills >= len(watched.samples) // 2
 
 
 def report(watched):
