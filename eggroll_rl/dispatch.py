@@ -1,35 +1,41 @@
-"""Slices to whoever evaluates them, until each has one result: whatever gets lost, late or doubled on the way.
+"""Tasks to whoever does them, until each has one result: whatever gets lost, late or doubled on the way.
 
-A slice's result is a pure function of the generation and its place in it. So a slice whose worker was lost is done
-again by another, and the result is the same to the bit; of two answers to one slice either will do.
+A job is a generation, whose tasks are its slices, or the contraction of its noise, whose tasks are blocks. A task's
+result is a pure function of its job and its place in it. So a task whose worker was lost is done again by another, and
+the result is the same to the bit; of two answers to one task either will do.
 """
 
 import logging
+import pickle
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from itertools import count
+from typing import Any, Protocol
 
 from eggroll_rl.errors import TooManyFailuresError, WorkerDiedError
+from eggroll_rl.lowrank import Contraction
 from eggroll_rl.rollout import Failure, Generation
-from eggroll_rl.segments import Result
 
 RETRIES = 3
 logger = logging.getLogger("eggroll_rl")
+_numbers = count()
+
+Job = Generation | Contraction
 
 
 @dataclass(frozen=True)
 class Task:
-    """One slice to evaluate.
+    """One part of a job.
 
-    :param generation: its number
-    :param first: first member of the slice
+    :param job: its number, which no other job in this process has
+    :param first: first member of a slice; index of a block
     :param left_out: members that ended their process again and again, with why
     """
 
-    generation: int
+    job: int
     first: int
-    left_out: dict[int, Failure] = field(default_factory=dict)
+    left_out: dict[int, Failure] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Done:
     """An answer."""
 
     task: Task
-    result: Result
+    result: Any
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,10 @@ class Lost:
 
 
 class Crew(Protocol):
-    """Those who evaluate slices."""
+    """Those who do tasks."""
 
-    def begin(self, generation: Generation) -> None:
-        """Take a generation; the tasks that follow are of it."""
+    def begin(self, job: bytes) -> None:
+        """Take a pickled job; the tasks that follow are of it."""
 
     def n_idle(self) -> int:
         """Return how many tasks can be sent at once."""
@@ -76,63 +82,70 @@ class Crew(Protocol):
         """
 
 
-def dispatch(generation: Generation, crew: Crew, retries: int = RETRIES) -> list[Result]:
-    """Have all slices of a generation evaluated, and return their results in slice order.
+def dispatch(job: Job, parts: Sequence[int], crew: Crew, retries: int = RETRIES) -> list[Any]:
+    """Have all parts of a job done, and return their results in this order.
 
-    :param retries: how often a slice is done again whose worker was lost
-    :raises WorkerDiedError: a slice was lost once more than that, and its generation allows no failures, or nobody
+    :param parts: first members of slices, or indices of blocks
+    :param retries: how often a task is done again whose worker was lost
+    :raises WorkerDiedError: a task was lost once more than that, and its generation allows no failures, or nobody
         knows which member did it
     :raises TooManyFailuresError: more members than the generation allows ended their process
     """
-    slices = generation.slices()
-    waiting = deque(Task(generation.noise.generation, first) for first in slices)
-    results: dict[int, Result] = {}
+    number = next(_numbers)
+    waiting = deque(Task(number, first) for first in parts)
+    results: dict[int, Any] = {}
     losses: dict[int, list[Lost]] = defaultdict(list)
-    crew.begin(generation)
-    while len(results) < len(slices):
+    crew.begin(pickle.dumps(job))
+    while len(results) < len(parts):
         while waiting and crew.n_idle():
             task = waiting.popleft()
             if task.first not in results:
                 crew.send(task)
         for event in crew.wait():
             task = event.task
-            if task.generation != generation.noise.generation or task.first in results:
+            if task.job != number or task.first in results:
                 continue
             if isinstance(event, Done):
-                failures = (*task.left_out.values(), *event.result.failures)
-                results[task.first] = replace(event.result, failures=failures)
+                results[task.first] = event.result
+                if task.left_out:
+                    failures = (*task.left_out.values(), *event.result.failures)
+                    results[task.first] = replace(event.result, failures=failures)
             elif event.reason == "unsent":
                 waiting.appendleft(task)
             else:
                 losses[task.first].append(event)
-                waiting.appendleft(_after(losses[task.first], generation, retries))
-    return [results[first] for first in slices]
+                waiting.appendleft(_after(losses[task.first], job, retries))
+    return [results[first] for first in parts]
 
 
-def _after(losses: list[Lost], generation: Generation, retries: int) -> Task:
-    """Return what to do after the last of a slice's losses."""
+def _after(losses: list[Lost], job: Job, retries: int) -> Task:
+    """Return what to do after the last of a task's losses."""
     lost = losses[-1]
     task = lost.task
-    what = f"{describe(lost, generation)}: {lost.how}"
+    what = f"{describe(lost, job)}: {lost.how}"
     if len(losses) <= retries:
-        logger.warning("%s; the slice is done again", what)
+        logger.warning("%s; it is done again", what)
         return task
     what = f"{what}, {len(losses)} times" + (f", the last time at\n{lost.trace}" if lost.trace else "")
     blamed = {loss.member for loss in losses[-2:]}
-    if not generation.max_failures or generation.anchors is not None or blamed != {lost.member} or lost.member is None:
+    allowed = job.max_failures if isinstance(job, Generation) and job.anchors is None else 0
+    if not allowed or blamed != {lost.member} or lost.member is None:
         error = WorkerDiedError(what)
         error.member = lost.member
         raise error
     losses.clear()
     left_out = {**task.left_out, lost.member: Failure(lost.member, lost.reason, what)}
-    if len(left_out) > generation.max_failures:
+    if len(left_out) > allowed:
         raise TooManyFailuresError(f"{len(left_out)} members ended their process, the last in {what}")
     return replace(task, left_out=left_out)
 
 
-def describe(lost: Lost, generation: Generation) -> str:
-    """Say which members a lost worker was evaluating."""
-    row = "member" if generation.anchors is None else "simulation"
-    last = lost.task.first + generation.noise.slice_size - 1
+def describe(lost: Lost, job: Job) -> str:
+    """Say what a lost worker was doing."""
+    noise = job.noise
+    if isinstance(job, Contraction):
+        return f"generation {noise.generation}, block {lost.task.first} of its update"
+    row = "member" if job.anchors is None else "simulation"
+    last = lost.task.first + noise.slice_size - 1
     who = f"one of {row}s {lost.task.first} to {last}" if lost.member is None else f"{row} {lost.member}"
-    return f"generation {lost.task.generation}, {who}"
+    return f"generation {noise.generation}, {who}"

@@ -44,7 +44,7 @@ from eggroll_rl.fitness import (
     standardize_groups,
 )
 from eggroll_rl.fitness import best_fraction as best_fraction_
-from eggroll_rl.lowrank import ParamFilter, estimate_gradient, perturbed_parameters
+from eggroll_rl.lowrank import ContractElsewhere, ParamFilter, estimate_gradient, perturbed_parameters
 from eggroll_rl.noise import LowRank, Noise, NoiseFamily, make_family
 from eggroll_rl.population import Population
 from eggroll_rl.schedules import GenerationSchedule
@@ -366,7 +366,10 @@ class EvolutionStrategy:
         return self._population
 
     def tell(
-        self, fitness: Tensor | np.ndarray | list[float] | Mapping[int, float], partial: bool = False
+        self,
+        fitness: Tensor | np.ndarray | list[float] | Mapping[int, float],
+        partial: bool = False,
+        elsewhere: ContractElsewhere | None = None,
     ) -> dict[str, float]:
         """Update the mean from the fitness (N,) of the members of :meth:`ask`, higher is better.
 
@@ -375,6 +378,7 @@ class EvolutionStrategy:
         :param fitness: of all members, or by member where some gave none
         :param partial: go on without the members whose fitness is missing or not finite, and without those that
             they are a pair with; ``self.missing`` names them. Else they are an error
+        :param elsewhere: who may sum up the perturbations in place of this process: a cluster, for large populations
         :return: fitness_mean, fitness_std, fitness_max, grad_norm (before clipping), update_ratio (norm of the step
             over the norm of the parameters), update_cosine (with the step before; 0 for the first), sigma,
             learning_rate; with antithetic pairs pair_snr, the variance of the difference within pairs over the one
@@ -403,7 +407,7 @@ class EvolutionStrategy:
             # The update is a mean over members: over those that are there.
             utilities[used] = shaped if not self.missing else shaped * (len(fitness) / len(shaped))
             noise = self._population.noise
-            gradient = estimate_gradient(self._perturbed, noise, utilities, self._population.draw)
+            gradient = estimate_gradient(self._perturbed, noise, utilities, self._population.draw, elsewhere)
             grad_norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
             best = self._best_of(fitness, used)  # before the mean moves
             rate = self.learning_rate

@@ -14,9 +14,10 @@ Shapes: N members, P directions, I inputs, O outputs, R rank.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from eggroll_rl.errors import UnsupportedModuleError
 from eggroll_rl.forms import check_layer, matrices_of
 from eggroll_rl.noise import Factors, Noise, standard_normal
 
-_NOISE_AT_ONCE = 2**18  # numbers; bounds the memory of a gradient
+_NOISE_AT_ONCE = 2**18  # numbers of a block; bounds the memory of a gradient
 
 ParamFilter = Callable[[str, nn.Parameter], bool]
 
@@ -99,39 +100,96 @@ def perturbed_parameters(
     return found
 
 
+@dataclass(frozen=True)
+class Block:
+    """Consecutive directions of one parameter.
+
+    :param position: of the parameter in the list of those that are perturbed
+    """
+
+    position: int
+    first: int
+    n_directions: int
+
+
+Draw = Callable[[Perturbed, int, int], Factors | Tensor]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A sum over directions, g = sum_p w_p E_p, in blocks that anybody may compute, anywhere.
+
+    For factors a block is (diag(w) A)ᵀ B; nothing of size N·O·I exists. Blocks do not depend on ``slice_size``, nor on
+    who computes them.
+
+    :param noise: determines E
+    :param weights: w (P,), float64
+    """
+
+    noise: Noise
+    weights: np.ndarray
+
+    def blocks(self, parameters: list[Perturbed]) -> list[Block]:
+        """Return what is computed at once, in the order in which it is added."""
+        found = []
+        for position, p in enumerate(parameters):
+            size = max(1, _NOISE_AT_ONCE // self.noise.family.count(p.shape, p.is_matrix))
+            for first in range(0, len(self.weights), size):
+                found.append(Block(position, first, min(size, len(self.weights) - first)))
+        return found
+
+    @torch.no_grad()
+    def contract(self, parameters: list[Perturbed], index: int, draw: Draw | None = None) -> Tensor:
+        """Return a block's part of g, of the shape of its parameter, float64.
+
+        :param index: of the block
+        :param draw: ``draw(parameter, first, n_directions)`` gives perturbations that somebody has already; else they
+            are drawn again, here
+        """
+        block = self.blocks(parameters)[index]
+        p, first, n_directions = parameters[block.position], block.first, block.n_directions
+        w_P = torch.from_numpy(self.weights[first : first + n_directions]).to(p.parameter.device)
+        drawn = draw(p, first, n_directions) if draw else p.draw(self.noise, first, n_directions)
+        drawn = self.noise.family.in_update(drawn)
+        if isinstance(drawn, tuple):
+            a_POR, b_PIR = drawn
+            w_P = w_P / math.sqrt(a_POR.shape[2])
+            # float32 times float64 is float64.
+            part = torch.tensordot(a_POR * w_P[:, None, None], b_PIR.double(), dims=([0, 2], [0, 2]))
+        else:
+            part = torch.tensordot(w_P, drawn.double(), dims=1)
+        return part.view(p.parameter.shape)
+
+
+ContractElsewhere = Callable[[Contraction, list[Perturbed]], Iterable[Tensor] | None]
+"""Returns the parts of all blocks in their order, or None: it is as well done here."""
+
+
 @torch.no_grad()
 def estimate_gradient(
     parameters: list[Perturbed],
     noise: Noise,
     utilities: Tensor,
-    draw: Callable[[Perturbed, int, int], Factors | Tensor] | None = None,
+    draw: Draw | None = None,
+    elsewhere: ContractElsewhere | None = None,
 ) -> dict[str, Tensor]:
     """Return g = (1/N) sum_n u_n s_n E_n by parameter name, in float64 (paper Eq. 6, with 1/sigma left out).
 
-    For factors it is (diag(w) A)ᵀ B, summed over blocks of directions in their order; nothing of size N·O·I exists. The
-    blocks do not depend on ``slice_size``.
-
     :param utilities: shaped fitness u (N,), float64
-    :param draw: ``draw(parameter, first, n_directions)`` gives perturbations that somebody has already; else they are
-        drawn again, here
+    :param draw: as of :meth:`Contraction.contract`
+    :param elsewhere: who else may compute it
     """
     steps_N = torch.from_numpy(noise.steps(0, noise.population_size)).sign()
     signed_N = utilities * steps_N
     weights_P = (signed_N[0::2] + signed_N[1::2] if noise.antithetic else signed_N) / noise.population_size
-    gradient = {}
-    for p in parameters:
-        total = torch.zeros(p.shape, dtype=torch.float64, device=p.parameter.device)
-        block = max(1, _NOISE_AT_ONCE // noise.family.count(p.shape, p.is_matrix))
-        for first in range(0, len(weights_P), block):
-            w_P = weights_P[first : first + block].to(total.device)
-            drawn = draw(p, first, len(w_P)) if draw else p.draw(noise, first, len(w_P))
-            drawn = noise.family.in_update(drawn)
-            if isinstance(drawn, tuple):
-                a_POR, b_PIR = drawn
-                w_P = w_P / math.sqrt(a_POR.shape[2])
-                # float32 times float64 is float64.
-                total += torch.tensordot(a_POR * w_P[:, None, None], b_PIR.double(), dims=([0, 2], [0, 2]))
-            else:
-                total += torch.tensordot(w_P, drawn.double(), dims=1)
-        gradient[p.name] = total.view(p.parameter.shape)
+    contraction = Contraction(noise, weights_P.numpy())
+    blocks = contraction.blocks(parameters)
+    parts = None if elsewhere is None else elsewhere(contraction, parameters)
+    if parts is None:
+        parts = (contraction.contract(parameters, index, draw) for index in range(len(blocks)))
+    gradient: dict[str, Tensor] = {}
+    for block, part in zip(blocks, parts, strict=True):
+        name = parameters[block.position].name
+        # Never in place: a part may be read-only memory.
+        gradient[name] = gradient[name] + part if name in gradient else part
     return gradient

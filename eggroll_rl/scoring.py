@@ -16,6 +16,7 @@ from eggroll_rl.critic import Critic, advantages
 from eggroll_rl.envs import EnvFactory
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import EvolutionStrategy, one_thread
+from eggroll_rl.lowrank import ContractElsewhere
 from eggroll_rl.mujoco_vector import MujocoVectorEnv
 from eggroll_rl.policies import MlpPolicy
 from eggroll_rl.rollout import Anchors, RolloutResult
@@ -48,12 +49,18 @@ class EpisodeScorer:
         return infos
 
     def update(
-        self, es: EvolutionStrategy, results: list[RolloutResult], alive_bonus_offset: float, improvement: Improvement
+        self,
+        es: EvolutionStrategy,
+        results: list[RolloutResult],
+        alive_bonus_offset: float,
+        improvement: Improvement,
+        elsewhere: ContractElsewhere | None = None,
     ) -> dict[str, float]:
         """Tell the core the fitness, and return what there is to log; ``improvement`` is for segments."""
         returns_NE = np.concatenate([result.returns for result in results])
         lengths_NE = np.concatenate([result.lengths for result in results])
-        metrics = es.tell(_worst_where_missing((returns_NE + alive_bonus_offset * lengths_NE).mean(axis=1)))
+        fitness_N = _worst_where_missing((returns_NE + alive_bonus_offset * lengths_NE).mean(axis=1))
+        metrics = es.tell(fitness_N, elsewhere=elsewhere)
         del metrics["update_cosine"]  # with a step that a checkpoint does not keep
         return metrics
 
@@ -165,13 +172,19 @@ class SegmentScorer:
         return infos, returns, lengths
 
     def update(
-        self, es: EvolutionStrategy, results: list[SegmentResult], alive_bonus_offset: float, improvement: Improvement
+        self,
+        es: EvolutionStrategy,
+        results: list[SegmentResult],
+        alive_bonus_offset: float,
+        improvement: Improvement,
+        elsewhere: ContractElsewhere | None = None,
     ) -> dict[str, float]:
         """Update policy and critic, move the anchors on, and return what there is to log.
 
         If anything goes wrong, nothing has changed.
 
         :param improvement: how the samples are used
+        :param elsewhere: of no use here: the population is evaluated on the samples
         :raises NonFiniteError: the policy's or the critic's parameters would not be finite
         """
         device = next(es.module.parameters()).device

@@ -38,7 +38,7 @@ TEXTS = {
     "--widths": "a", "--ranks": "0", "--populations": "3", "--batches": "x", "--peers": "nobody", "--plot": "x.docx",
     "--objective": "least", "--algos": "nothing", "--algo": "nothing", "--env": "Nowhere-v0",
     "--gym-packages": "no_such_module", "--vec-normalize": "no-such-file.pkl",
-    "--on-bad-member": "forgive",
+    "--on-bad-member": "forgive", "--cluster": "nowhere",
 }  # fmt: skip
 # Values of the right type that no option may take.
 OUT_OF_RANGE = {

@@ -135,6 +135,7 @@ RIGHT = {
     "policy": (["MlpPolicy", "RecurrentPolicy", "LinearPolicy"], lambda x: isinstance(x, str | type)),
     "on_bad_member": (["raise", "worst"], lambda x: x in ("raise", "worst")), "max_bad_fraction": ([0.5, 0, 1], share),
     "step_timeout": ([300.0, 1, math.inf], lambda x: positive(x) or x == math.inf),
+    "evaluator": ([None], lambda x: x is None),
 }  # fmt: skip
 OF_A_RUN_RIGHT = {
     "total_timesteps": ([1, 10**12], whole(1)), "seed": ([0, 5], whole(0, 2**32 - 1)),

@@ -78,7 +78,7 @@ def test_workers_killed_while_they_wait_for_the_next_generation(n_killed, clean)
 @pytest.mark.promise("R1")
 @pytest.mark.reliability
 def test_without_another_try_a_killed_worker_ends_the_run(cells, tmp_path, monkeypatch, clean):
-    monkeypatch.setattr("eggroll_rl.workers.dispatch", lambda generation, crew: dispatch(generation, crew, retries=0))
+    monkeypatch.setattr("eggroll_rl.workers.dispatch", lambda *args: dispatch(*args, retries=0))
     with cells.control("no retries"):
         env = make_faulty("kill", seed=seed_of(5, generation=1), times=1, folder=tmp_path)
         try:
@@ -202,7 +202,7 @@ def test_a_worker_that_is_stuck_once_is_replaced(fault, clean, tmp_path):
 @pytest.mark.reliability
 @pytest.mark.parametrize("place", ["init", "reset", "step"])
 def test_a_member_that_is_always_stuck_is_named_with_the_stack(place, monkeypatch):
-    monkeypatch.setattr("eggroll_rl.workers._IMPORT_SECONDS", 10.0)
+    monkeypatch.setattr("eggroll_rl.processes._IMPORT_SECONDS", 10.0)
     what = "making its envs" if place == "init" else "generation 0, member 6: its env made no step for 1 s, 4 times"
     seed = None if place == "init" else seed_of(6)
     with pytest.raises(WorkerDiedError, match=what) as caught:

@@ -434,10 +434,11 @@ _LAST = {
 }  # fmt: skip
 _MODULES = {"subprocess", "runpy", "ctypes", "pickle", "cloudpickle", "marshal", "shelve", "yaml", "joblib", "dill"}
 ALLOWED = {
-    ("workers", "cloudpickle.loads"): "from its own parent, over a pair of sockets",
-    ("workers", "connection.recv"): "from its own parent, over a pair of sockets",
-    ("workers", "worker.connection.recv"): "from a worker that this process started",
-    ("workers", "subprocess.Popen"): "a worker, by a fixed line",
+    ("processes", "cloudpickle.loads"): "from its own parent, over a pair of sockets",
+    ("processes", "connection.recv"): "from its own parent, over a pair of sockets",
+    ("processes", "worker.connection.recv"): "from a worker that this process started",
+    ("processes", "subprocess.Popen"): "a worker, by a fixed line",
+    ("ray_workers", "pickle.loads"): "from an actor that this process started, on a cluster that the user named",
     ("signals", "subprocess.Popen"): "a run of a comparison, by a fixed line",
     ("config", "importlib.import_module"): "packages that the user names",
     ("envs", "importlib.import_module"): "packages that the user names, and Gymnasium's own",

@@ -276,7 +276,7 @@ COMPARED = ("--algos", "eggroll", "--seeds", 1, "--seconds", 600, "--evaluations
 
 
 def workers_of(pid):
-    return [p for p in psutil.Process(pid).children(recursive=True) if "eggroll_rl.workers" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process(pid).children(recursive=True) if "eggroll_rl.processes" in " ".join(p.cmdline())]
 
 
 @pytest.fixture
