@@ -51,6 +51,7 @@ def cli() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the whole run.")
 @click.option("--total-timesteps", "-n", type=int, help="Env steps of all members together.")
 @click.option("--n-workers", type=int, help="Worker processes; 0: none. The result is the same. [default: all cores]")
+@click.option("--cluster", metavar="ADDRESS", help="Train on a Ray cluster: auto, HOST:PORT, or local to try it here.")
 @click.option("--step-timeout", type=float, help="Seconds until a stuck worker is replaced; inf: never. [default: 300]")
 @click.option(
     "--output",
@@ -91,6 +92,7 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
 
     packages = named_packages = flags.pop("gym_packages")
     logs = {name: flags.pop(name) for name in ("tensorboard_log", "track")}
+    cluster = flags.pop("cluster")
     given = {name: value for name, value in flags.items() if value is not None and _was_given(context, name)}
     if resume:
         if output is None:
@@ -111,8 +113,10 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
     if module and config.env_id == env:  # named on the command line
         packages = (*packages, module)
     named = "".join(f" --gym-packages {package}" for package in named_packages)
+    evaluator = _on_cluster(cluster, config.n_workers)
     try:
-        results = run(config, output, resume, overwrite, packages, progress_bar=sys.stderr.isatty(), **logs)
+        bar = sys.stderr.isatty()
+        results = run(config, output, resume, overwrite, packages, progress_bar=bar, evaluator=evaluator, **logs)
     except (EpisodeError, WorkerDiedError) as error:
         if error.member is not None:
             raise type(error)(
@@ -120,7 +124,8 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
             ) from error
         raise
     except Interrupted as stop:
-        again = f"eggroll-rl train {env} --output {output} --resume{named}"
+        there = "" if cluster is None else f" --cluster {cluster}"
+        again = f"eggroll-rl train {env} --output {output} --resume{there}{named}"
         click.echo(f"stopped and saved; continue with: {again}", err=True)
         sys.exit(128 + stop.signum)
     final, best = results["evaluation"], results["best"]
@@ -149,6 +154,14 @@ def replay(folder: Path, member: int, gym_packages: tuple[str, ...]) -> None:
 def default_folder(env_id: str, seed: int) -> Path:
     """Return ``agents/<ENV>/eggroll-seed<S>``."""
     return Path("agents") / env_id.replace("/", "-").replace(":", "-") / f"eggroll-seed{seed}"
+
+
+def _on_cluster(address: str | None, n_workers: int | None) -> Any:
+    if address is None:
+        return None
+    from eggroll_rl.ray_workers import RayEvaluator
+
+    return RayEvaluator(address, n_workers)
 
 
 def _was_given(context: click.Context, name: str) -> bool:

@@ -26,6 +26,7 @@ _RESERVED = {
     "seed",
     "n_workers",
     "step_timeout",
+    "evaluator",
     "tensorboard_log",
     "stats_window_size",
     "verbose",

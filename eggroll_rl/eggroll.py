@@ -29,9 +29,11 @@ from eggroll_rl.envs import EnvFactory, EnvSource, check_time_limit, env_factory
 from eggroll_rl.errors import ConfigError, EpisodeError, TooManyFailuresError, WorkerDiedError
 from eggroll_rl.es import EvolutionStrategy, one_thread
 from eggroll_rl.fitness import FitnessShaping
+from eggroll_rl.lowrank import ContractElsewhere
 from eggroll_rl.mujoco_vector import mujoco_warnings_silenced
 from eggroll_rl.normalization import Moments
 from eggroll_rl.policies import MlpPolicy, check_spaces
+from eggroll_rl.processes import STEP_TIMEOUT
 from eggroll_rl.recurrent import POLICIES
 from eggroll_rl.rollout import Generation, load_generation
 from eggroll_rl.scoring import EpisodeScorer, SegmentScorer, check_env, check_segment_steps, make_scorer
@@ -46,7 +48,7 @@ from eggroll_rl.settings import (
 )
 from eggroll_rl.surrogate import Improvement, check_network
 from eggroll_rl.vec_env import VecEnvEvaluator
-from eggroll_rl.workers import STEP_TIMEOUT, Evaluator, count_workers, make_evaluator
+from eggroll_rl.workers import ClusterEvaluator, Evaluator, count_workers, make_evaluator
 
 
 class EGGROLL(BaseAlgorithm):
@@ -113,6 +115,8 @@ class EGGROLL(BaseAlgorithm):
     :param step_timeout: seconds that one call of an env may take in a worker process (of Gymnasium's MuJoCo tasks, a
         step of a slice); one that is stuck for longer is replaced, and its slice done again. ``math.inf`` waits for
         ever
+    :param evaluator: evaluates on a cluster, in place of ``n_workers`` on this machine, with the same results:
+        ``RayEvaluator("auto")`` of :mod:`eggroll_rl.ray_workers`. Not saved with the model
     :param env_kwargs: for the constructor of an env given by id
     :param policy_kwargs: see :class:`eggroll_rl.policies.MlpPolicy`
     :param stats_window_size: episodes in the logged means
@@ -164,6 +168,7 @@ class EGGROLL(BaseAlgorithm):
         slice_size: int | None = None,
         n_workers: int | None = None,
         step_timeout: float = STEP_TIMEOUT,
+        evaluator: ClusterEvaluator | None = None,
         env_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
@@ -210,6 +215,7 @@ class EGGROLL(BaseAlgorithm):
         self.slice_size: int = slice_size  # type: ignore[assignment]
         self.n_workers = n_workers
         self.step_timeout = step_timeout
+        self.evaluator = evaluator
         self.seed = seed = None if seed is None else int(seed)  # NumPy's would not do for SB3
         self.noise_seed = seed
         learning_rate = make_schedule("learning_rate", learning_rate)
@@ -413,7 +419,7 @@ class EGGROLL(BaseAlgorithm):
         return max(self._current_progress_remaining, 1e-6)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_es", "_factory", "_scorer"]
+        return [*super()._excluded_save_params(), "_es", "_factory", "_scorer", "evaluator"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
@@ -495,12 +501,16 @@ class EGGROLL(BaseAlgorithm):
         if not self._count_steps(results, callback):
             return False
         callback.on_rollout_end()
-        self.update(results)
+        self.update(results, None if self.evaluator is None else self.evaluator.contract)
         return True
 
-    def update(self, results: list[Any]) -> None:
-        """Update the mean by what the results say, then add what was observed to the normalizer."""
-        metrics = self.scorer.update(self._es, results, self.alive_bonus_offset, self._improvement())
+    def update(self, results: list[Any], elsewhere: ContractElsewhere | None = None) -> None:
+        """Update the mean by what the results say, then add what was observed to the normalizer.
+
+        :param elsewhere: who may sum up the perturbations in place of this process
+        """
+        improvement = self._improvement()
+        metrics = self.scorer.update(self._es, results, self.alive_bonus_offset, improvement, elsewhere)
         if self.policy.normalizer is not None:
             # After the update: one generation sees one normalizer.
             self.policy.normalizer.combine(Moments.concatenate([result.moments for result in results]))
@@ -572,9 +582,17 @@ class EGGROLL(BaseAlgorithm):
     def _make_evaluator(self) -> Evaluator:
         assert self.env is not None
         if self._factory is None:
+            if self.evaluator is not None:
+                raise ConfigError("evaluator needs an env given by id or function; this one is already made")
             ignored = "" if self.max_episode_steps is None else "; max_episode_steps is ignored"
             self._say(f"compatible mode: this env is stepped as it is, in this process, with fewer guarantees{ignored}")
             return VecEnvEvaluator(self.policy, self.env)
+        if self.evaluator is not None:
+            self._say(f"native mode: {self._factory.describe_vector()}, on a cluster")
+            n_slices = -(-self.n_rows // self.slice_size)
+            return self.evaluator.start(
+                self.policy.replica(), self._factory, self.slice_size, n_slices, self.step_timeout
+            )
         n_workers = count_workers(self.n_workers, self.n_rows, self.slice_size)
         self._say(f"native mode: {self._factory.describe_vector()}, {n_workers} worker processes")
         return make_evaluator(n_workers, self.policy, self._factory, self.slice_size, self.step_timeout)

@@ -127,6 +127,7 @@ def check_settings(model: Any) -> None:
         raise ConfigError(f"on_bad_member must be 'raise' or 'worst', got {shown(model.on_bad_member)}")
     check_fraction("max_bad_fraction", model.max_bad_fraction)
     check_step_timeout(model.step_timeout)
+    check_evaluator(model.evaluator)
     make_fitness_shaping(model.fitness_shaping, model.best_fraction)
     check_optimizer(model.optimizer, model.optimizer_kwargs, model.weight_decay)
     _check_segments(model)
@@ -160,6 +161,12 @@ def check_step_timeout(value: object) -> None:
     """Refuse what is not a number of seconds above 0; infinity is one."""
     if not (isinstance(value, float) and value == math.inf):
         check_positive("step_timeout", value)
+
+
+def check_evaluator(value: object) -> None:
+    """Refuse what is no evaluator for a cluster."""
+    if value is not None and not all(callable(getattr(value, name, None)) for name in ("start", "contract")):
+        raise ConfigError(f"evaluator must be a RayEvaluator or the like, or None, got {shown(value)}")
 
 
 def check_given(fitness: str, given: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from eggroll_rl.machine import machine, versions
 from eggroll_rl.rollout import RolloutResult
 from eggroll_rl.signals import handlers
 from eggroll_rl.tracking import tracked
-from eggroll_rl.workers import count_workers
+from eggroll_rl.workers import ClusterEvaluator, count_workers
 
 # Reset seeds of evaluations: the best policy is chosen on one set and reported on the other. Training draws its
 # seeds from the whole 32-bit range.
@@ -58,12 +58,14 @@ def train(
     progress_bar: bool = True,
     tensorboard_log: Path | None = None,
     track: str | None = None,
+    evaluator: ClusterEvaluator | None = None,
 ) -> dict[str, Any]:
     """Train, and return what ``results.json`` holds.
 
     :param folder: run folder; refused if it exists, unless ``resume`` or ``overwrite``
     :param tensorboard_log: folder for TensorBoard's files
     :param track: project of W&B
+    :param evaluator: of a cluster, where the run is not to stay on this machine
     :raises ConfigError: a setting is wrong; nothing was written
     :raises RunFolderError: the folder is in the way, or holds nothing to resume
     :raises Interrupted: by SIGINT or SIGTERM, after saving
@@ -72,6 +74,7 @@ def train(
     factory = config.factory(gym_packages)
     check_time_limit(factory())  # the training cap does not end an evaluation
     model = _model(config, factory, folder if resume else None)
+    model.evaluator = evaluator
     config.resolve(model)
     about = {**config.of_the_result(), "total_timesteps": config.total_timesteps}
     with alone_in(folder):
@@ -263,7 +266,7 @@ class RunRecorder(GenerationCallback):
             "generations": model.evolution_strategy.generation,
             "wall_seconds": round(seconds, 3),
             "env_steps_per_second": round(self.num_steps / seconds, 1) if seconds else None,
-            "n_workers": count_workers(self.config.n_workers, model.n_rows, model.slice_size),
+            "n_workers": self._n_workers(),
             "vector_env": self.factory.describe_vector(),
             "evaluation": final.as_dict(),
             "best": {"timesteps": about["timesteps"], **best.as_dict()},
@@ -272,6 +275,11 @@ class RunRecorder(GenerationCallback):
         }
         agents.write_json(self.folder / "results.json", results)
         return results
+
+    def _n_workers(self) -> int:
+        if self._model.evaluator is not None:
+            return sum(self._model.evaluator.nodes.values())
+        return count_workers(self.config.n_workers, self._model.n_rows, self._model.slice_size)
 
     def _about(self) -> dict[str, Any]:
         return {"env_id": self.config.env_id, "seed": self.config.seed, **self._boundary}

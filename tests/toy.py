@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -136,3 +137,27 @@ class make_fault:
 
 def make_sloppy():
     return TimeLimit(SloppyEnv(), 50)
+
+
+class SlowEnv(TargetEnv):
+    """Takes 5 ms per step."""
+
+    def step(self, action):
+        time.sleep(0.005)
+        return super().step(action)
+
+
+def make_slow_target():
+    return TimeLimit(SlowEnv(), 50)
+
+
+class make_only_here:
+    """Makes envs in the process in which it was called into being, and nowhere else."""
+
+    def __init__(self):
+        self.pid = os.getpid()
+
+    def __call__(self):
+        if os.getpid() != self.pid:
+            raise ZeroDivisionError("broken elsewhere")
+        return make_target()
