@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all reliability soak check format docs build clean
+.PHONY: demo test test-all reliability soak ray check format docs build clean
 
 demo: .venv          ## train HalfCheetah-v5 (two to three minutes on two cores) and record its video
 	$(BIN)/eggroll-rl train HalfCheetah-v5 --output runs/demo --overwrite
@@ -19,6 +19,10 @@ reliability: .venv   ## try every promise of docs/reliability.md and print the s
 
 soak: .venv          ## an hour and a half: a long run watched for leaks, and the long loops of kills
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m soak --scoreboard=runs/soak
+
+ray: .venv           ## a Ray cluster of three nodes on this machine, about six minutes; installs Ray
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ray==2.60.0
+	$(BIN)/python -m pytest -m ray
 
 check: .venv         ## format, lint, types
 	$(BIN)/ruff format --check .

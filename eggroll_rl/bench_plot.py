@@ -4,7 +4,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eggroll_rl.bench_peers import PEERS
+from eggroll_rl.bench_scaling import modelled
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.plots import COLOURS, figure_class
 
@@ -54,6 +57,32 @@ def plot_throughput(results: list[dict[str, Any]], path: Path) -> None:
         figure.legend(loc="outside upper center", ncols=5, fontsize=7)
     else:
         axes.set_title("EGGROLL, whole training", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def plot_scaling(result: dict[str, Any], path: Path) -> None:
+    """Draw the modelled speed-up over cores, with the sum over the noise here and on the nodes."""
+    cores = tuple(int(n) for n in np.unique(np.geomspace(1, 10_000, 60).astype(int)))
+    rows = modelled(result, cores)
+    figure = figure_class()(figsize=(9, 4), layout="constrained")
+    groups = sorted({(row["policy"], row["population_size"]) for row in rows}, key=str)
+    policies = sorted({policy for policy, _ in groups})
+    for axes, policy in zip(figure.subplots(1, len(policies), squeeze=False, sharey=True)[0], policies, strict=True):
+        axes.plot(cores, cores, ":", color="black", linewidth=1, label="as many times as cores")
+        sizes = sorted({size for name, size in groups if name == policy})
+        for colour, size in zip(COLOURS, sizes, strict=False):
+            of_size = [row for row in rows if (row["policy"], row["population_size"]) == (policy, size)]
+            one = of_size[0]["here"].total
+            for where, style in (("there", "-"), ("here", "--")):
+                label = f"{size:,} members" if where == "there" else None
+                axes.plot(cores, [one / row[where].total for row in of_size], style, color=colour, label=label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(f"{policy} policy, slices of {result['costs'][0]['slice_size']}", fontsize=9)
+        axes.set_xlabel("cores; solid: the noise is summed up on the nodes, dashed: by the driver")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(f"generations per second, times those of one core ({result['env_id']})")
+    figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=150)
 
 

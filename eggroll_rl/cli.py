@@ -113,7 +113,7 @@ def train(context: click.Context, env: str, output: Path | None, resume: bool, o
     if module and config.env_id == env:  # named on the command line
         packages = (*packages, module)
     named = "".join(f" --gym-packages {package}" for package in named_packages)
-    evaluator = _on_cluster(cluster, config.n_workers)
+    evaluator = _on_cluster(cluster, given.get("n_workers"))  # not a resumed run's, which was of another machine
     try:
         bar = sys.stderr.isatty()
         results = run(config, output, resume, overwrite, packages, progress_bar=bar, evaluator=evaluator, **logs)

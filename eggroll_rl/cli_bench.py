@@ -110,6 +110,35 @@ def generation(widths: str, batches: str, population: int, peers: str, repetitio
     click.echo(json.dumps(rows) if as_json else bench_generation.generation_table(rows))
 
 
+@bench.command()
+@click.argument("env_id", default="HalfCheetah-v5", metavar="ENV")
+@click.option("--populations", default="1000,10000,100000", show_default=True, help="Members, by comma.")
+@click.option("--widths", default="64,256", show_default=True, help="Widths of the two hidden layers, by comma.")
+@click.option("--slice-size", type=click.IntRange(min=2), default=10, show_default=True, help="Members per slice.")
+@click.option("--repetitions", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds.")
+@_json_option
+@_plot_option
+def scaling(
+    env_id: str, populations: str, widths: str, slice_size: int, repetitions: int, as_json: bool, plot: Path | None
+) -> None:
+    """Measure what a generation is made of, and model it on up to 10,000 cores.
+
+    With the ray extra the driver's time per call is measured, too.
+    """
+    from eggroll_rl import bench_scaling
+    from eggroll_rl.bench_plot import check_plot, plot_scaling
+
+    if plot:
+        check_plot(plot)
+    nets = tuple((width, width) for width in _whole_numbers("widths", widths))
+    sizes = _whole_numbers("populations", populations)
+    say = (lambda text: None) if as_json else (lambda text: click.echo(f"measuring {text} ...", err=True))
+    result = bench_scaling.scaling(env_id, sizes, nets, slice_size, repetitions, say)
+    click.echo(json.dumps(result) if as_json else bench_scaling.scaling_table(result))
+    if plot:
+        plot_scaling(result, plot)
+
+
 def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))

@@ -50,7 +50,7 @@ class Done:
 class Lost:
     """No answer will come: the worker is gone.
 
-    :param reason: ``"died"``, ``"stuck"``, or ``"unsent"``: it was gone before it got the task
+    :param reason: ``"died"``, ``"stuck"``, ``"gone"``: with its node, or ``"unsent"``: it never got the task
     :param how: what is known about it, for the user: its signal, or how long it was stuck
     :param member: whose env was being called; None if nobody knows
     :param trace: of the worker's stack, or nothing
@@ -94,13 +94,15 @@ def dispatch(job: Job, parts: Sequence[int], crew: Crew, retries: int = RETRIES)
     number = next(_numbers)
     waiting = deque(Task(number, first) for first in parts)
     results: dict[int, Any] = {}
-    losses: dict[int, list[Lost]] = defaultdict(list)
+    losses: dict[tuple[int, bool], list[Lost]] = defaultdict(list)
     crew.begin(pickle.dumps(job))
     while len(results) < len(parts):
-        while waiting and crew.n_idle():
-            task = waiting.popleft()
-            if task.first not in results:
-                crew.send(task)
+        for _ in range(crew.n_idle() if waiting else 0):
+            while waiting and waiting[0].first in results:
+                waiting.popleft()
+            if not waiting:
+                break
+            crew.send(waiting.popleft())
         for event in crew.wait():
             task = event.task
             if task.job != number or task.first in results:
@@ -113,8 +115,10 @@ def dispatch(job: Job, parts: Sequence[int], crew: Crew, retries: int = RETRIES)
             elif event.reason == "unsent":
                 waiting.appendleft(task)
             else:
-                losses[task.first].append(event)
-                waiting.appendleft(_after(losses[task.first], job, retries))
+                # A node that is lost says nothing about the members whose slice it had.
+                of_task = losses[task.first, event.reason == "gone"]
+                of_task.append(event)
+                waiting.appendleft(_after(of_task, job, retries))
     return [results[first] for first in parts]
 
 

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -456,17 +456,12 @@ class EGGROLL(BaseAlgorithm):
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar=False
             )
         callback.on_training_start(locals(), globals())
-        bar = tqdm(
-            desc="EGGROLL", total=total_timesteps, initial=self.num_timesteps, unit=" steps",
-            unit_scale=True, disable=not progress_bar, file=sys.stderr,
-        )  # fmt: skip
         try:
-            with self._make_evaluator() as evaluator:
+            with self._make_evaluator() as evaluator, self._progress(total_timesteps, progress_bar) as show:
                 while self.num_timesteps < total_timesteps:
                     if not self._run_generation(evaluator, callback, total_timesteps):
                         break
-                    bar.update(self.num_timesteps - bar.n)
-                    bar.set_postfix(ep_rew_mean=f"{self.last_generation['ep_rew_mean']:.1f}")
+                    show()
                     if log_interval is not None and self._n_updates % log_interval == 0:
                         self.dump_logs()
                     if not all(c.on_generation_end() for c in generation_callbacks(callback)):
@@ -476,9 +471,27 @@ class EGGROLL(BaseAlgorithm):
                 error.add_note(f"model.replay_member({error.member}) runs it again, alone and in this process")
             raise
         finally:
-            bar.close()
             callback.on_training_end()
         return self
+
+    @contextmanager
+    def _progress(self, total_timesteps: int, progress_bar: bool) -> Iterator[Callable[[], None]]:
+        """Give a function that shows how far training is."""
+        if (
+            not progress_bar
+        ):  # nor a bar that is disabled: tqdm takes a lock of all processes, which a killed fork keeps
+            yield lambda: None
+            return
+        with tqdm(
+            desc="EGGROLL", total=total_timesteps, initial=self.num_timesteps, unit=" steps", unit_scale=True,
+            file=sys.stderr,
+        ) as bar:  # fmt: skip
+
+            def show() -> None:
+                bar.update(self.num_timesteps - bar.n)
+                bar.set_postfix(ep_rew_mean=f"{self.last_generation['ep_rew_mean']:.1f}")
+
+            yield show
 
     @contextmanager
     def _logger_without_folder(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of the observations that each member saw.
+    """Moments of the observations that each member saw, or each slice's members together.
 
     :param count: observations (N,), float64
     :param mean: (N, I), float64
@@ -75,6 +75,11 @@ class Moments:
         mean_I = first_I + (self.count[:, None] * (self.mean - first_I)).sum(0) / count
         spread_NI = self.count[:, None] * np.square(self.mean - mean_I)
         return count, mean_I, (self.m2 + spread_NI).sum(0)
+
+    def together(self) -> "Moments":
+        """Return what all members saw as that of one: what travels need not grow with the members."""
+        count, mean_I, m2_I = self.total()
+        return Moments(np.array([count]), mean_I[None], m2_I[None])
 
 
 class ObsNormalizer(nn.Module):

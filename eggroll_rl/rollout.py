@@ -97,7 +97,7 @@ class RolloutResult:
     :param returns: (N, E) sums of rewards, float64; NaN for members that failed or were left out
     :param lengths: (N, E) env steps
     :param successes: (N, E) 1 or 0 where the env's last info says ``is_success``, else NaN
-    :param moments: of the observations that each member acted on; none of members that failed
+    :param moments: of the observations that the members acted on, together; none of members that failed
     :param idle_steps: env steps made and not used: none but in the compatible mode
     :param failures: by member
     """
@@ -226,8 +226,8 @@ def rollout(
     bad = [failure.member - first for failure in faults.failures]
     returns_NE[bad], successes_NE[bad] = np.nan, np.nan
     moments.count[bad], moments.mean[bad], moments.m2[bad] = 0.0, 0.0, 0.0
-    real = Moments(moments.count[:n_members], moments.mean[:n_members], moments.m2[:n_members])
-    return RolloutResult(first, returns_NE, lengths_NE, successes_NE, real, failures=tuple(faults.failures))
+    seen = Moments(moments.count[:n_members], moments.mean[:n_members], moments.m2[:n_members]).together()
+    return RolloutResult(first, returns_NE, lengths_NE, successes_NE, seen, failures=tuple(faults.failures))
 
 
 class Faults:

@@ -10,8 +10,8 @@ import torch
 from mujoco.rollout import rollout as mujoco_rollout
 from torch import nn
 
-from eggroll_rl import bench, bench_forward, bench_generation, bench_peers
-from eggroll_rl.bench_plot import check_plot, plot_forward, plot_throughput
+from eggroll_rl import bench, bench_forward, bench_generation, bench_peers, bench_scaling
+from eggroll_rl.bench_plot import check_plot, plot_forward, plot_scaling, plot_throughput
 from eggroll_rl.errors import ConfigError
 from eggroll_rl.noise import LowRank, Noise
 from eggroll_rl.population import Population
@@ -131,3 +131,43 @@ def test_both_generations_learn(name):
     for _ in range(60):
         run()
     assert (module(x) - y).square().mean().item() < 0.9 * before
+
+
+def test_the_model_of_scaling_by_hand(monkeypatch):
+    costs = bench_scaling.Costs(
+        (64, 64), population_size=1000, slice_size=10, n_blocks=24, blocks=0.5, block=0.05, coordinator=0.02,
+        job=50_000, result=1_000, parts=2_500_000,
+    )  # fmt: skip
+    one = bench_scaling.predict(costs, 2.0, 1, 1e-3, on_nodes=False)
+    assert (one.physics, one.messages, one.total) == (200.0, 0.0, pytest.approx(200.52))
+    assert one.share == pytest.approx(0.52 / 200)
+    # 40 cores on 3 nodes: 3 waves of 100 slices; 3 calls, the job and two messages' latency; 40 results.
+    monkeypatch.setattr(bench_scaling, "CORES_PER_NODE", 16)
+    some = bench_scaling.predict(costs, 2.0, 40, 1e-3, on_nodes=False)
+    assert some.physics == 6.0 and some.sum_of_noise == 0.5
+    assert some.messages == pytest.approx(3 * (3e-3 + 50_000 / 1.25e9) + 4e-4 + 40_000 / 1.25e9)
+    # One wave of blocks; weights to 3 nodes, the parts back.
+    split = bench_scaling.predict(costs, 2.0, 40, 1e-3, on_nodes=True)
+    assert split.sum_of_noise == 0.05
+    assert split.messages == pytest.approx(some.messages + 3 * (1e-3 + 4_000 / 1.25e9) + 2_500_000 / 1.25e9 + 4e-4)
+
+
+def test_scaling_measures_what_the_model_is_made_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_scaling, "_CAP", 5)
+    monkeypatch.setattr(bench_scaling, "_call_seconds", lambda: None)
+    in_process = bench_scaling.make_evaluator
+    monkeypatch.setattr(bench_scaling, "make_evaluator", lambda n, *args: in_process(0, *args))
+    said = []
+    result = bench_scaling.scaling("Hopper-v5", (20, 40), ((8, 8),), 10, repetitions=1, say=said.append)
+    assert (
+        set(result["slice_seconds"]["8-8"]) == {2, 10, 16, 32, 64} and min(result["slice_seconds"]["8-8"].values()) > 0
+    )
+    assert [row["population_size"] for row in result["costs"]] == [20, 40]
+    assert all(row["coordinator"] > 0 and row["n_blocks"] == 6 for row in result["costs"])
+    # Weights and biases, each once, in float64.
+    assert result["costs"][0]["parts"] == 8 * (11 * 8 + 8 + 8 * 8 + 8 + 8 * 3 + 3)
+    assert "| 8-8 | 40 | 10,000 |" in bench_scaling.scaling_table(result)
+    plot_scaling(result, tmp_path / "scaling.png")
+    assert iio.imread(tmp_path / "scaling.png").std() > 5
+    with pytest.raises(ConfigError, match="multiples of --slice-size 10, got 24"):
+        bench_scaling.scaling("Hopper-v5", (24,), ((8, 8),), 10)

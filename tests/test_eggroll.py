@@ -477,3 +477,13 @@ def test_cart_pole_is_solved_within_its_budget(seed):
     model.learn(300_000, log_interval=None)
     result = evaluate(acting(model.policy), env_factory("CartPole-v1"), range(1000, 1100))
     assert result.mean >= 475  # Gymnasium's threshold
+
+
+def test_without_a_progress_bar_nothing_waits_for_the_lock_of_one(monkeypatch):
+    def no_bar(**_):
+        raise AssertionError("a bar takes a lock of all processes, which a killed one never gives back")
+
+    monkeypatch.setattr("eggroll_rl.eggroll.tqdm", no_bar)
+    make().learn(100)
+    with pytest.raises(AssertionError, match="a bar takes a lock"):
+        make().learn(100, progress_bar=True)

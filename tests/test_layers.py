@@ -14,9 +14,9 @@ LAYERS = [
     ["dispatch", "processes", "workers", "vec_env", "sb3_vec_env", "sb3_export"],
     ["critic", "surrogate", "scoring", "settings", "callbacks", "eggroll"],
     ["space_files", "tensor_files", "agents", "checkpoints", "config", "evaluation"],
-    ["export", "tracking", "machine", "ray_workers", "training", "videos", "plots"],
+    ["export", "tracking", "machine", "ray_crew", "ray_workers", "training", "videos", "plots"],
     ["compare_algorithms", "compare_run", "compare_stats", "compare_report", "compare_plot", "compare", "tune", "zoo"],
-    ["bench_peers", "bench", "bench_forward", "bench_generation", "bench_plot"],
+    ["bench_peers", "bench", "bench_forward", "bench_generation", "bench_scaling", "bench_plot"],
     ["cli_bench", "cli_models", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -1,10 +1,13 @@
 """On a Ray cluster of three logical nodes on this machine: pip install ray==2.60.0, then pytest -m ray."""
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,7 +19,8 @@ from test_workers import digest
 from eggroll_rl import EGGROLL
 from eggroll_rl.errors import ConfigError, EpisodeError, WorkerDiedError
 from eggroll_rl.lowrank import estimate_gradient, perturbed_parameters
-from eggroll_rl.ray_workers import RayEvaluator, _RayCrew, import_ray
+from eggroll_rl.ray_crew import RayCrew
+from eggroll_rl.ray_workers import RayEvaluator, import_ray
 from eggroll_rl.rollout import episode_seeds
 
 pytestmark = pytest.mark.ray
@@ -54,13 +58,13 @@ def meanwhile(monkeypatch):
     """Have a function called with the crew whenever it waits: in the middle of a generation, in this thread."""
 
     def meanwhile(disturb):
-        original = _RayCrew.wait
+        original = RayCrew.wait
 
         def wait(crew):
             disturb(crew)
             return original(crew)
 
-        monkeypatch.setattr(_RayCrew, "wait", wait)
+        monkeypatch.setattr(RayCrew, "wait", wait)
 
     return meanwhile
 
@@ -161,7 +165,7 @@ def test_an_env_that_cannot_be_made_is_named(cluster):
 
 
 def test_other_versions_are_refused(cluster, monkeypatch):
-    monkeypatch.setattr("eggroll_rl.ray_workers.versions", lambda: {"python": "3.11.7", "torch": "0.1"})
+    monkeypatch.setattr("eggroll_rl.ray_crew.versions", lambda: {"python": "3.11.7", "torch": "0.1"})
     with pytest.raises(
         ConfigError, match=r"must have the same versions as this machine, got .*torch 2\S* \(here 0\.1\)"
     ):
@@ -276,6 +280,17 @@ def test_an_address_without_a_cluster_is_named(tmp_path):
         command(tmp_path / "run", "--cluster", "127.0.0.1:9"), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2 and "127.0.0.1:9" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_the_guide_says_runs(cluster):
+    page = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text()
+    first, second = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for code in (first, second + first):
+        code = code.replace('"auto"', repr(cluster.address)).replace("10_000_000", "1")
+        code = code.replace("population_size=1000", "max_episode_steps=20, population_size=40")
+        with contextlib.chdir(Path(__file__).parent):
+            exec(code, {"__name__": "__main__"})
+        import_ray().shutdown()
 
 
 def test_a_connection_of_the_callers_is_used_and_stays(cluster):

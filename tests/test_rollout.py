@@ -34,9 +34,10 @@ def test_a_rollout_is_each_members_own_episodes():
     lengths = np.concatenate([r.lengths for r in results])
     seeds = episode_seeds(generation.noise, 2)
     population = Population(policy.network, generation.noise)
+    seen_of_slice = {0: [], 1: []}
     for member in range(6):
         parameters = population.parameters_of(member)
-        seen = []
+        seen = seen_of_slice[member // 4]
         for episode in range(2):
             obs, _ = env.reset(seed=int(seeds[member, episode]))
             total, length, done = 0.0, 0, False
@@ -50,10 +51,10 @@ def test_a_rollout_is_each_members_own_episodes():
             assert returns[member, episode] == pytest.approx(total, abs=1e-5)
             assert lengths[member, episode] == length
         assert results[member // 4].successes[member % 4].tolist() == [1, 1]
-        part, row = results[member // 4].moments, member % 4
-        assert part.count[row] == len(seen)
-        assert np.allclose(part.mean[row], np.mean(seen, axis=0), atol=1e-12)
-        assert np.allclose(part.m2[row], np.var(seen, axis=0) * len(seen), atol=1e-10)
+    for result, seen in zip(results, seen_of_slice.values(), strict=True):
+        assert result.moments.count.tolist() == [len(seen)]
+        assert np.allclose(result.moments.mean[0], np.mean(seen, axis=0), atol=1e-12)
+        assert np.allclose(result.moments.m2[0], np.var(seen, axis=0) * len(seen), atol=1e-10)
 
 
 def test_both_members_of_a_pair_see_the_same_episodes_and_other_pairs_others():

@@ -438,7 +438,7 @@ ALLOWED = {
     ("processes", "connection.recv"): "from its own parent, over a pair of sockets",
     ("processes", "worker.connection.recv"): "from a worker that this process started",
     ("processes", "subprocess.Popen"): "a worker, by a fixed line",
-    ("ray_workers", "pickle.loads"): "from an actor that this process started, on a cluster that the user named",
+    ("ray_crew", "pickle.loads"): "from an actor that this process started, on a cluster that the user named",
     ("signals", "subprocess.Popen"): "a run of a comparison, by a fixed line",
     ("config", "importlib.import_module"): "packages that the user names",
     ("envs", "importlib.import_module"): "packages that the user names, and Gymnasium's own",
@@ -468,7 +468,17 @@ def dangerous_calls(path):
 @pytest.mark.promise("R13")
 def test_no_other_call_in_the_package_can_run_what_it_reads(cells, tmp_path):
     # What measures and films is given no file of a stranger's.
-    tools = {"bench", "bench_peers", "bench_forward", "bench_generation", "bench_plot", "zoo", "tracking", "export"}
+    tools = {
+        "bench",
+        "bench_peers",
+        "bench_forward",
+        "bench_generation",
+        "bench_scaling",
+        "bench_plot",
+        "zoo",
+        "tracking",
+        "export",
+    }
     for path in sorted(PACKAGE.glob("*.py")):
         with cells.cell(path.stem):
             found = {call for call in dangerous_calls(path) if (path.stem, call) not in ALLOWED}
