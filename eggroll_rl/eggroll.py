@@ -618,19 +618,18 @@ class EGGROLL(BaseAlgorithm):
         """Count the steps and fill the episode buffer, replaying them for callbacks that look at steps."""
         now = round(time.time_ns() / 1e9 - self.start_time / 1e9, 6)
         # Steps in which a ready-made env waited for the others come last: they belong to no member.
-        total = int(sum(result.lengths.sum() + result.idle_steps for result in results))
-        ends = self.scorer.ended_episodes(results)
-        for info in ends.values():
-            info["episode"]["t"] = now
-        if ends:
-            episodes = [info["episode"] for info in ends.values()]
-            self.last_generation["ep_rew_mean"] = safe_mean([episode["r"] for episode in episodes])
-            self.last_generation["ep_len_mean"] = safe_mean([episode["l"] for episode in episodes])
+        lengths = np.concatenate([result.lengths.ravel() for result in results])
+        total = int(lengths.sum()) + sum(result.idle_steps for result in results)
+        episodes = self.scorer.ended_episodes(results)
+        if len(episodes.steps):
+            self.last_generation["ep_rew_mean"] = float(episodes.returns.mean())
+            self.last_generation["ep_len_mean"] = float(episodes.lengths.mean())
         if only_generation_callbacks(callback):
             self.num_timesteps += total
-            self._update_info_buffer(list(ends.values()), np.ones(len(ends), dtype=bool))
+            kept = list(episodes.infos(now, last=self._stats_window_size).values())
+            self._update_info_buffer(kept, np.ones(len(kept), dtype=bool))
             return True
-        return replay(self, total, ends, callback)
+        return replay(self, total, episodes.infos(now), callback)
 
     def dump_logs(self) -> None:
         """Write the usual keys."""

@@ -7,7 +7,7 @@ import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,25 +28,50 @@ _AGES_STREAM = 4  # spawn key of the seed, beside those of eggroll_rl.rollout an
 Infos = dict[int, dict[str, Any]]
 
 
+class Episodes(NamedTuple):
+    """Episodes that ended in a generation, in the order of their last steps.
+
+    :param steps: (D,) the number of the last step, counted over all members, or simulations, from 1
+    :param returns: (D,) float64
+    :param lengths: (D,) env steps
+    :param successes: (D,) 1 or 0, or NaN where nothing was said
+    """
+
+    steps: np.ndarray
+    returns: np.ndarray
+    lengths: np.ndarray
+    successes: np.ndarray
+
+    def infos(self, seconds: float, last: int | None = None) -> Infos:
+        """Return SB3's infos by the number of the step.
+
+        :param seconds: since the start, for all of them
+        :param last: only as many, and as many of those that say whether they succeeded: a dict for each of ten
+            thousand takes longer than the update
+        """
+        kept = np.arange(len(self.steps))
+        if last is not None:
+            kept = np.union1d(kept[-last:], np.flatnonzero(~np.isnan(self.successes))[-last:])
+        infos = {}
+        for step, episode_return, length, success in zip(*(part[kept].tolist() for part in self), strict=True):
+            known = {} if math.isnan(success) else {"is_success": bool(success)}
+            infos[step] = {"episode": {"r": episode_return, "l": length, "t": seconds}, **known}
+        return infos
+
+
 class EpisodeScorer:
     """Scores members by the mean return of their episodes."""
 
     anchors: Anchors | None = None
     exploration_std: np.ndarray | None = None
 
-    def ended_episodes(self, results: list[RolloutResult]) -> Infos:
-        """Return SB3's infos of the episodes that ended, by the number of the step, counted over all members."""
+    def ended_episodes(self, results: list[RolloutResult]) -> Episodes:
+        """Return the episodes that ended, those of members that failed left out."""
         lengths = np.concatenate([result.lengths.ravel() for result in results])
         returns = np.concatenate([result.returns.ravel() for result in results])
         successes = np.concatenate([result.successes.ravel() for result in results])
-        infos = {}
-        each = zip(np.cumsum(lengths).tolist(), returns.tolist(), lengths.tolist(), successes.tolist(), strict=True)
-        for step, episode_return, length, success in each:
-            if math.isnan(episode_return):
-                continue  # of a member that failed
-            known = {} if math.isnan(success) else {"is_success": bool(success)}
-            infos[step] = {"episode": {"r": episode_return, "l": length}, **known}
-        return infos
+        whole = ~np.isnan(returns)
+        return Episodes(np.cumsum(lengths)[whole], returns[whole], lengths[whole], successes[whole])
 
     def update(
         self,
@@ -148,28 +173,29 @@ class SegmentScorer:
         """The value function."""
         return self._kept.critic
 
-    def ended_episodes(self, results: list[SegmentResult]) -> Infos:
+    def ended_episodes(self, results: list[SegmentResult]) -> Episodes:
         """As :meth:`EpisodeScorer.ended_episodes`, of episodes that may have begun generations ago."""
         return self._episodes(results)[0]
 
-    def _episodes(self, results: list[SegmentResult]) -> tuple[Infos, np.ndarray, np.ndarray]:
-        """Return the infos, and returns (N,) and lengths (N,) of the episodes that still run."""
+    def _episodes(self, results: list[SegmentResult]) -> tuple[Episodes, np.ndarray, np.ndarray]:
+        """Return those that ended, and returns (N,) and lengths (N,) of those that still run."""
         rewards_TN, ended_TN, successes_TN = _joined(results, "rewards"), _ended(results), _joined(results, "successes")
-        returns, lengths, infos = self._kept.returns.copy(), self._kept.lengths.copy(), Infos()
+        returns, lengths = self._kept.returns.copy(), self._kept.lengths.copy()
+        ended: list[tuple[int, float, int, float]] = []
         n_steps = len(rewards_TN)
         for n in range(len(returns)):
             start = 0
             for end in (np.flatnonzero(ended_TN[:, n]) + 1).tolist():
                 returns[n] += rewards_TN[start:end, n].sum()
                 if not math.isnan(returns[n]):
-                    success = successes_TN[end - 1, n]
-                    known = {} if math.isnan(success) else {"is_success": bool(success)}
-                    episode = {"r": float(returns[n]), "l": int(lengths[n] + end - start)}
-                    infos[n * n_steps + end] = {"episode": episode, **known}
+                    ended.append((n * n_steps + end, returns[n], lengths[n] + end - start, successes_TN[end - 1, n]))
                 returns[n], lengths[n], start = 0.0, 0, end
             returns[n] += rewards_TN[start:, n].sum()
             lengths[n] += n_steps - start
-        return infos, returns, lengths
+        columns = zip(*ended, strict=True) if ended else ((),) * 4
+        dtypes = (np.int64, np.float64, np.int64, np.float64)
+        episodes = Episodes(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
+        return episodes, returns, lengths
 
     def update(
         self,

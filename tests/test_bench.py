@@ -147,6 +147,8 @@ def test_the_model_of_scaling_by_hand(monkeypatch):
     assert some.physics == 6.0 and some.sum_of_noise == 0.5
     assert some.messages == pytest.approx(3 * (3e-3 + 50_000 / 1.25e9) + 4e-4 + 40_000 / 1.25e9)
     # One wave of blocks; weights to 3 nodes, the parts back.
+    assert bench_scaling.left_over(50, 0.0, 1e-3) == pytest.approx(0.05)  # all at once
+    assert bench_scaling.left_over(50, 1e3, 1e-3) == pytest.approx(0.001, rel=0.01)  # far apart
     split = bench_scaling.predict(costs, 2.0, 40, 1e-3, on_nodes=True)
     assert split.sum_of_noise == 0.05
     assert split.messages == pytest.approx(some.messages + 3 * (1e-3 + 4_000 / 1.25e9) + 2_500_000 / 1.25e9 + 4e-4)
@@ -155,6 +157,7 @@ def test_the_model_of_scaling_by_hand(monkeypatch):
 def test_scaling_measures_what_the_model_is_made_of(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_scaling, "_CAP", 5)
     monkeypatch.setattr(bench_scaling, "_call_seconds", lambda: None)
+    monkeypatch.setattr(bench_scaling, "CORES_PER_NODE", 2)
     in_process = bench_scaling.make_evaluator
     monkeypatch.setattr(bench_scaling, "make_evaluator", lambda n, *args: in_process(0, *args))
     said = []

@@ -28,7 +28,8 @@ COMMANDS = commands()
 ARGUMENTS = {
     ("train",): ["Pendulum-v1"], ("compare",): ["Pendulum-v1", "--algos", "eggroll"], ("tune",): ["Pendulum-v1"],
     ("evaluate",): ["."], ("record",): ["."], ("enjoy",): ["."], ("export",): [".", "-o", "x.onnx"],
-    ("bench", "throughput"): [], ("bench", "forward"): [], ("bench", "generation"): [], ("list",): [],
+    ("bench", "throughput"): [], ("bench", "forward"): [], ("bench", "generation"): [], ("bench", "scaling"): [],
+    ("list",): [],
     ("replay",): ["run", "--member", "0"],
 }  # fmt: skip
 MODEL_COMMANDS = ("evaluate", "record", "enjoy", "export")
