@@ -21,11 +21,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from eggroll_rl.actor import Actor
 from eggroll_rl.eggroll import EGGROLL
 from eggroll_rl.envs import EnvFactory
+from eggroll_rl.errors import ConfigError
 from eggroll_rl.es import one_thread
+from eggroll_rl.lowrank import ContractElsewhere
 from eggroll_rl.population import Population
+from eggroll_rl.ray_workers import RayEvaluator
 from eggroll_rl.rollout import load_generation
 from eggroll_rl.sb3_vec_env import Sb3VecEnv
-from eggroll_rl.workers import make_evaluator
+from eggroll_rl.workers import Evaluator, make_evaluator
 
 Peer = Callable[[EGGROLL, EnvFactory, int], Iterator[float]]
 Act = Callable[[np.ndarray], np.ndarray]
@@ -64,23 +67,38 @@ def training(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[fl
 
     The same generation again and again, with its update, which is then taken back.
     """
+    with make_evaluator(n_workers, model.policy, factory, model.slice_size) as evaluator:
+        yield from _one_generation(model, evaluator, None)
+
+
+def _one_generation(model: EGGROLL, evaluator: Evaluator, elsewhere: ContractElsewhere | None) -> Iterator[float]:
     core = model.evolution_strategy
     before = copy.deepcopy((model.policy.state_dict(), core.state_dict()))
-    with make_evaluator(n_workers, model.policy, factory, model.slice_size) as evaluator:
-        while True:
-            started = time.perf_counter()
-            results = evaluator.evaluate(model.next_generation())
-            model.update(results)
-            seconds = time.perf_counter() - started
-            state, core_state = copy.deepcopy(before)
-            model.policy.load_state_dict(state)
-            core.load_state_dict(core_state)
-            yield sum(int(result.lengths.sum()) for result in results) / seconds
+    while True:
+        started = time.perf_counter()
+        results = evaluator.evaluate(model.next_generation())
+        model.update(results, elsewhere)
+        seconds = time.perf_counter() - started
+        state, core_state = copy.deepcopy(before)
+        model.policy.load_state_dict(state)
+        core.load_state_dict(core_state)
+        yield sum(int(result.lengths.sum()) for result in results) / seconds
 
 
 def one_worker(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
     """Ours, whole training, one process."""
     yield from training(model, factory, 1)
+
+
+def ray(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
+    """Ours, whole training, as many workers on a Ray cluster: this machine, unless ray.init() was called before."""
+    try:
+        evaluator = RayEvaluator("local", n_workers)
+    except ConfigError as error:
+        raise Skipped(str(error)) from error
+    n_slices = -(-model.n_rows // model.slice_size)
+    with evaluator.start(model.policy.replica(), factory, model.slice_size, n_slices):
+        yield from _one_generation(model, evaluator, evaluator.contract)
 
 
 def segments(model: EGGROLL, factory: EnvFactory, n_workers: int) -> Iterator[float]:
@@ -225,6 +243,7 @@ def _id(factory: EnvFactory) -> str:
 
 PEERS: dict[str, Peer] = {
     "one_worker": one_worker,
+    "ray": ray,
     "segments": segments,
     "sync": sync,
     "async": async_,

@@ -65,8 +65,8 @@ def plot_scaling(result: dict[str, Any], path: Path) -> None:
     cores = tuple(int(n) for n in np.unique(np.geomspace(1, 10_000, 60).astype(int)))
     rows = modelled(result, cores)
     figure = figure_class()(figsize=(9, 4), layout="constrained")
-    groups = sorted({(row["policy"], row["population_size"]) for row in rows}, key=str)
-    policies = sorted({policy for policy, _ in groups})
+    groups = dict.fromkeys((row["policy"], row["population_size"]) for row in rows)
+    policies = list(dict.fromkeys(policy for policy, _ in groups))
     for axes, policy in zip(figure.subplots(1, len(policies), squeeze=False, sharey=True)[0], policies, strict=True):
         axes.plot(cores, cores, ":", color="black", linewidth=1, label="as many times as cores")
         sizes = sorted({size for name, size in groups if name == policy})
@@ -79,9 +79,9 @@ def plot_scaling(result: dict[str, Any], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(f"{policy} policy, slices of {result['costs'][0]['slice_size']}", fontsize=9)
-        axes.set_xlabel("cores; solid: the noise is summed up on the nodes, dashed: by the driver")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(f"generations per second, times those of one core ({result['env_id']})")
+    figure.supxlabel("cores (the noise is summed up on the nodes, or, dashed, by the driver)", fontsize=9)
+    figure.axes[0].set_ylabel(f"times as fast as one core ({result['env_id']})")
     figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=150)
 

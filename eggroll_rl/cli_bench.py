@@ -42,7 +42,7 @@ def throughput(
 ) -> None:
     """Compare training's env steps per second with the raw MuJoCo C limit, and with peers, in one run.
 
-    ENV is HalfCheetah-v5 by default. Peers: one_worker, segments, sync, async, envpool, ppo, ppo_on_ours, ars,
+    ENV is HalfCheetah-v5 by default. Peers: one_worker, ray, segments, sync, async, envpool, ppo, ppo_on_ours, ars,
     evotorch, one_member.
     """
     from eggroll_rl import bench as benchmarks

@@ -55,9 +55,9 @@ def test_a_slice_that_does_not_stay_full_is_no_figure(small, monkeypatch):
 
 
 def test_throughput_measures_all_in_turn(small, monkeypatch, tmp_path):
-    for library in ("envpool", "evotorch"):
+    for library in ("envpool", "evotorch", "ray"):
         monkeypatch.setitem(sys.modules, library, None)
-    peers = ("one_worker", "segments", "sync", "one_member", "envpool", "evotorch")
+    peers = ("one_worker", "segments", "sync", "one_member", "envpool", "evotorch", "ray")
     result = bench.throughput("Hopper-v5", 1, repetitions=2, episode_steps=10, peers=peers)
     rates = result["steps_per_second"]
     assert list(rates) == ["c_limit", "training", *peers]

@@ -13,12 +13,19 @@ source "${VENV:-$HOME/eggroll/.venv}/bin/activate" # on a shared file system, th
 run=runs/halfcheetah-cluster
 port=6379
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-head=$(getent ahostsv4 "${nodes[0]}" | awk 'NR == 1 { print $1 }')
+head=$(srun --nodes=1 --ntasks=1 -w "${nodes[0]}" hostname -I | awk '{ print $1 }') # not 127.0.1.1
+# Other users of the machines must not talk to this Ray: the token is in your home, on all nodes.
+ray get-auth-token --generate > /dev/null
+export RAY_AUTH_MODE=token
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # which srun does not take from the job by itself
 
-# --block keeps a step alive as long as its node works; srun ends them all with the job.
+# --block keeps a step alive as long as its node works; they end with the job.
 srun --nodes=1 --ntasks=1 -w "${nodes[0]}" ray start --head --node-ip-address="$head" --port=$port \
     --num-cpus="$SLURM_CPUS_PER_TASK" --include-dashboard=false --block &
-sleep 15
+for _ in $(seq 60); do # until the head answers
+    if (: > "/dev/tcp/$head/$port") 2> /dev/null; then break; fi
+    sleep 2
+done
 if [ "${#nodes[@]}" -gt 1 ]; then
     srun --nodes=$((${#nodes[@]} - 1)) --ntasks=$((${#nodes[@]} - 1)) --exclude="${nodes[0]}" \
         ray start --address="$head:$port" --num-cpus="$SLURM_CPUS_PER_TASK" --block &
