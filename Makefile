@@ -20,7 +20,7 @@ reliability: .venv   ## try every promise of docs/reliability.md and print the s
 soak: .venv          ## an hour and a half: a long run watched for leaks, and the long loops of kills
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m soak --scoreboard=runs/soak
 
-ray: .venv           ## a Ray cluster of three nodes on this machine, about six minutes; installs Ray
+ray: .venv           ## a Ray cluster of three nodes on this machine, about seven minutes; installs Ray
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ray==2.60.0
 	$(BIN)/python -m pytest -m ray
 
