@@ -41,7 +41,7 @@ def plot_throughput(results: list[dict[str, Any]], path: Path) -> None:
             if ratio is None:
                 continue
             y = row + (i - (len(names) - 1) / 2) * height
-            axes.barh(y, ratio, height, color=COLOURS[i], label=None if name in drawn else name)
+            axes.barh(y, ratio, height, color=COLOURS[i % len(COLOURS)], label=None if name in drawn else name)
             drawn.add(name)
             most = max(most, ratio)
             rate = statistics.median(result["steps_per_second"][name])

@@ -7,7 +7,6 @@ from eggroll_rl.errors import ConfigError
 # Okabe and Ito's, which colour-blind people tell apart, and some more.
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#7B3294", "#8C510A",
-    "#4D4D4D", "#66A61E",
 )  # fmt: skip
 
 
