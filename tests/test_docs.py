@@ -112,19 +112,28 @@ SMALLER = [
     (r"--n-eval-episodes \d+", "--n-eval-episodes 2"),
     (r"^(.* bench throughput .*)$", r"\1 --repetitions 1 --episode-steps 40"),
     (r"^(.*--track.*)$", r"\1 --overwrite"),
+    (r"^(.* bench scaling .*)$", r"\1 --populations 100 --widths 8 --repetitions 1"),
 ]
 
 
 @pytest.mark.slow
 def test_every_command_line_runs(tmp_path):
-    """One after the other, where they find what the repository has; on small budgets. ``enjoy`` needs a window."""
+    """One after the other, where they find what the repository has; on small budgets.
+
+    ``enjoy`` needs a window, ``--cluster`` a cluster: test_ray.py has one.
+    """
     for run in ("HalfCheetah-v5/eggroll-seed0", "Hopper-v5/compare/eggroll-seed0", "Hopper-v5/compare/ppo-seed0"):
         shutil.copytree(ROOT / "agents" / run, tmp_path / "agents" / run)
     lines = list(dict.fromkeys(param.values[0].strip() for param in command_lines()))
     lines.sort(key=lambda line: "train HalfCheetah-v5" not in line)  # others use what these write
     has_wandb, has_peer = (importlib.util.find_spec(name) is not None for name in ("wandb", "torcheggroll"))
     for line in lines:
-        if " enjoy " in line or ("--track" in line and not has_wandb) or ("generation" in line and not has_peer):
+        if (
+            " enjoy " in line
+            or "--cluster" in line
+            or ("--track" in line and not has_wandb)
+            or ("generation" in line and not has_peer)
+        ):
             continue
         for found, instead in SMALLER:
             line = re.sub(found, instead, line)
